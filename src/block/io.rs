@@ -1,0 +1,1 @@
+//! The generic layer of every request: checks, alignment, splitting, zero detection.

@@ -1,0 +1,2 @@
+//! The program: command line, signals, start, exit code.
+fn main() {}

@@ -1,0 +1,177 @@
+//! The guest's memory: regions that the front end gave us by file descriptor, and translation of addresses.
+//!
+//! Rows of the vhost-user specification ("Memory region description", "Multiple Memory regions description"): a region
+//! has a guest address (used by descriptors), a user address (the front end's own, used by SET_VRING_ADDR), a size
+//! and an offset into its file. A [`GuestMap`] is immutable; changes make a new one that shares the unchanged
+//! regions, and the old one goes when the last queue that used it has switched.
+
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+
+use super::sg::IoVec;
+use crate::error::Errno;
+
+/// The most regions a map holds: what libvhost-user and QEMU's `vhost-user` limit themselves to (ACPI slots).
+pub const MAX_REGIONS: usize = 509;
+
+/// One mapped region of guest memory; unmapped when dropped.
+pub struct Region {
+    /// Guest physical address of its first byte.
+    pub guest_addr: u64,
+    /// The front end's user address of its first byte.
+    pub user_addr: u64,
+    /// Its size in bytes.
+    pub size: u64,
+    host: *mut u8,
+    mapping: *mut libc::c_void,
+    mapping_len: usize,
+}
+
+// SAFETY: a region is a range of addresses of shared memory; it is only accessed by volatile copies, atomics or the kernel.
+unsafe impl Send for Region {}
+// SAFETY: as above; the struct itself is immutable after construction.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// Maps `size` bytes at `mmap_offset` of `file`.
+    ///
+    /// The mapping starts at a multiple of the file's own page size (hugetlbfs refuses anything else), so an odd
+    /// `mmap_offset` is served.
+    ///
+    /// # Errors
+    /// EINVAL for a size of 0 or ranges that overflow; else what `mmap` says.
+    pub fn map(
+        file: &impl AsFd,
+        guest_addr: u64,
+        user_addr: u64,
+        size: u64,
+        mmap_offset: u64,
+    ) -> Result<Region, Errno> {
+        let page = page_size_of(file)?;
+        let lead = mmap_offset % page;
+        let fits = size != 0
+            && guest_addr.checked_add(size).is_some()
+            && user_addr.checked_add(size).is_some()
+            && mmap_offset.checked_add(size).is_some();
+        let want = lead.checked_add(size).and_then(|n| n.checked_next_multiple_of(page));
+        let (Some(want), true) = (want, fits) else { return Err(Errno::EINVAL) };
+        let mapping_len = usize::try_from(want).map_err(|_| Errno::EINVAL)?;
+        let offset = i64::try_from(mmap_offset - lead).map_err(|_| Errno::EINVAL)?;
+        // SAFETY: a fresh shared mapping at an address of the kernel's choice; no Rust object lives there.
+        let mapping = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                mapping_len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                file.as_fd().as_raw_fd(),
+                offset,
+            )
+        };
+        if mapping == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        // The guest's memory has no place in our core dumps. Advice only: a refusal changes nothing.
+        // SAFETY: the range is the mapping just made.
+        if unsafe { libc::madvise(mapping, mapping_len, libc::MADV_DONTDUMP) } != 0 {
+            log::debug!("madvise(MADV_DONTDUMP): {}", Errno::last());
+        }
+        let lead = usize::try_from(lead).map_err(|_| Errno::EINVAL)?;
+        let host = mapping.cast::<u8>().wrapping_add(lead);
+        Ok(Region { guest_addr, user_addr, size, host, mapping, mapping_len })
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and no request can reach it any more: queues hold the map that holds the
+        // region until their last request has completed.
+        unsafe { libc::munmap(self.mapping, self.mapping_len) };
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "[{:#x}, +{:#x}) user {:#x}", self.guest_addr, self.size, self.user_addr)
+    }
+}
+
+fn page_size_of(file: &impl AsFd) -> Result<u64, Errno> {
+    // SAFETY: `statfs` is plain data that the call fills; the descriptor is borrowed for the call.
+    let (rc, st) = unsafe {
+        let mut st: libc::statfs = std::mem::zeroed();
+        (libc::fstatfs(file.as_fd().as_raw_fd(), &raw mut st), st)
+    };
+    if rc != 0 {
+        return Err(Errno::last());
+    }
+    // SAFETY: no pointers involved.
+    let base = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    let page = if st.f_type == libc::HUGETLBFS_MAGIC { st.f_bsize } else { base };
+    u64::try_from(page).ok().filter(|p| p.is_power_of_two()).ok_or(Errno::EINVAL)
+}
+
+/// An immutable set of regions that do not overlap, sorted by guest address.
+#[derive(Debug, Default)]
+pub struct GuestMap {
+    regions: Vec<Arc<Region>>,
+}
+
+impl GuestMap {
+    /// A map of `regions`.
+    ///
+    /// # Errors
+    /// EINVAL if two overlap in guest or user addresses, ENOSPC if there are more than [`MAX_REGIONS`].
+    pub fn new(mut regions: Vec<Arc<Region>>) -> Result<GuestMap, Errno> {
+        if regions.len() > MAX_REGIONS {
+            return Err(Errno::ENOSPC);
+        }
+        let overlaps = |r: &[Arc<Region>], key: fn(&Region) -> u64| {
+            r.windows(2).any(|w| key(&w[0]) + w[0].size > key(&w[1]))
+        };
+        regions.sort_by_key(|r| r.user_addr);
+        let clash = overlaps(&regions, |r| r.user_addr);
+        regions.sort_by_key(|r| r.guest_addr);
+        if clash || overlaps(&regions, |r| r.guest_addr) {
+            return Err(Errno::EINVAL);
+        }
+        Ok(GuestMap { regions })
+    }
+
+    /// The regions, sorted by guest address.
+    pub fn regions(&self) -> &[Arc<Region>] {
+        &self.regions
+    }
+
+    fn find(&self, guest_addr: u64) -> Option<&Region> {
+        let i = match self.regions.as_slice() {
+            [] => return None,
+            [_] => 1,
+            many => many.partition_point(|r| r.guest_addr <= guest_addr),
+        };
+        self.regions.get(i.checked_sub(1)?).map(|r| &**r)
+    }
+
+    /// Translates the start of a guest range: the longest contiguous piece of `[guest_addr, guest_addr + len)` at its beginning.
+    /// `None` if the first byte is not mapped.
+    #[inline]
+    pub fn translate(&self, guest_addr: u64, len: u64) -> Option<IoVec> {
+        let r = self.find(guest_addr)?;
+        let skip = guest_addr.checked_sub(r.guest_addr).filter(|s| *s < r.size)?;
+        let n = len.min(r.size - skip);
+        // Both fit: the region is mapped in one piece of our address space.
+        #[expect(clippy::cast_possible_truncation, reason = "64-bit hosts only; the region is mapped")]
+        // SAFETY: inside the region's mapping, which lives as long as this map.
+        Some(unsafe { IoVec::new(r.host.add(skip as usize), n as usize) })
+    }
+
+    /// Translates `len` bytes at a user address of the front end (SET_VRING_ADDR), in one piece, aligned to `align` bytes.
+    pub fn translate_user(&self, user_addr: u64, len: u64, align: usize) -> Option<*mut u8> {
+        let r = self.regions.iter().find(|r| {
+            user_addr >= r.user_addr && user_addr.checked_add(len).is_some_and(|e| e <= r.user_addr + r.size)
+        })?;
+        let at = r.host.wrapping_add(usize::try_from(user_addr - r.user_addr).ok()?);
+        at.addr().is_multiple_of(align).then_some(at)
+    }
+}

@@ -1,0 +1,10 @@
+//! Memory that others write: scatter lists ([`sg`]) and the guest's memory map ([`map`]).
+//!
+//! Nothing in here is ever turned into a `&[u8]`: the guest may change every byte at any time. Bytes are copied
+//! in or out, or an address is handed to the kernel.
+
+pub mod map;
+pub mod sg;
+
+pub use map::{GuestMap, Region};
+pub use sg::{IoVec, Sg};
