@@ -49,6 +49,7 @@ pub struct OpenArgs<'a> {
 /// What a node asks of a child and leaves to others, given what its own users ask and leave.
 pub type ChildPerm = Perms;
 
+#[expect(clippy::len_without_is_empty, reason = "a length in bytes, not a collection")]
 /// The driver of one open node. Called from several threads at once.
 pub trait Driver: Send + Sync {
     /// The children, with their roles.
@@ -57,6 +58,7 @@ pub trait Driver: Send + Sync {
     }
 
     /// The length of the node in bytes, now.
+
     fn len(&self) -> u64;
 
     /// What the node can take in one request.
