@@ -58,7 +58,6 @@ pub trait Driver: Send + Sync {
     }
 
     /// The length of the node in bytes, now.
-
     fn len(&self) -> u64;
 
     /// What the node can take in one request.
