@@ -68,6 +68,8 @@ pub struct Slot {
     status: Option<IoVec>,
     /// What the used element says: bytes that may have been written, with the status byte.
     pub used_len: u32,
+    /// The transfer in the kernel: direction, byte offset on the disk, length.
+    pub transfer: Option<(bool, u64, i32)>,
 }
 
 impl Slot {

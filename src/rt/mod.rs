@@ -310,10 +310,16 @@ impl Runtime {
 
     /// Blocks until there is something to do. The only blocking call of a thread.
     pub fn wait(&self) {
+        self.wait_at_most(None);
+    }
+
+    /// [`Runtime::wait`], but not longer than `limit`.
+    pub fn wait_at_most(&self, limit: Option<Duration>) {
         if self.executor.has_ready() || !self.inbox.announce_sleep() {
             return;
         }
-        let timeout = self.next_due().map(|due| due.saturating_duration_since(Instant::now()));
+        let timer = self.next_due().map(|due| due.saturating_duration_since(Instant::now()));
+        let timeout = limit.into_iter().chain(timer).min();
         if timeout.is_none_or(|t| !t.is_zero()) {
             self.reactor.borrow_mut().wait(timeout);
         }

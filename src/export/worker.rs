@@ -1,0 +1,275 @@
+//! A worker: one thread that serves some of an export's queues, and its loop.
+//!
+//! One turn takes what the guest made available, runs ready tasks, hands everything new to the kernel in one system call, takes
+//! completions, publishes them and decides once per queue whether to notify. A turn without progress spins as long
+//! as the policy thinks it pays, then asks for kicks, looks a last time, and blocks in the one wait point.
+#![forbid(unsafe_code)]
+
+use std::cell::RefCell;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+use std::time::{Duration, Instant};
+
+use super::queue::{Queue, Started, from_payload, payload};
+use super::request::Slow;
+use crate::error::Errno;
+use crate::mem::GuestMap;
+use crate::rt::poll::Policy;
+use crate::rt::{Event, Inbox, Installed, Runtime, best_wait_kind};
+
+/// Requests of one worker in the kernel at once; more wait in their rings.
+const IN_FLIGHT_MAX: usize = 4096;
+/// Tasks polled per turn: rings and completions get their turn, too.
+const TASKS_PER_TURN: usize = 128;
+/// How long a ring without a kick descriptor is left alone at most.
+const POLLED_RING_PAUSE: Duration = Duration::from_micros(100);
+
+/// What others ask of a worker. Every command is answered, when it has been carried out, by a message or by the sender's drop.
+pub enum Command {
+    /// Serve this queue.
+    Start(Box<Queue>, SyncSender<()>),
+    /// Stop this queue: drain, then answer its next available index.
+    Stop(u16, SyncSender<u16>),
+    /// Replace a queue's call descriptor.
+    SetCall(u16, Option<OwnedFd>, SyncSender<()>),
+    /// Replace a queue's error descriptor.
+    SetErr(u16, Option<OwnedFd>, SyncSender<()>),
+    /// Switch all queues to another memory map; with `true`, drain first.
+    SetMemory(Arc<GuestMap>, bool, SyncSender<()>),
+    /// End. All queues have been stopped.
+    Quit,
+}
+
+/// Results of slow-lane tasks: token payload and result.
+type Done = Rc<RefCell<Vec<(u64, Result<(), Errno>)>>>;
+
+struct Worker {
+    rt: Installed,
+    queues: Vec<Box<Queue>>,
+    policy: Policy,
+    events: Vec<Event>,
+    done: Done,
+    new_memory: Option<(Arc<GuestMap>, SyncSender<()>)>,
+    quit: bool,
+}
+
+/// Runs a worker on the calling thread; its mailbox is sent to `ready` first.
+///
+/// # Errors
+/// If the thread cannot have a runtime.
+pub fn run(poll_max_ns: u64, ready: &SyncSender<Result<Arc<Inbox>, Errno>>) {
+    let rt = match Runtime::install(best_wait_kind()) {
+        Ok(rt) => rt,
+        Err(e) => {
+            // Nobody listens only if the export is gone.
+            ready.send(Err(e)).unwrap_or_default();
+            return;
+        }
+    };
+    ready.send(Ok(Arc::clone(rt.inbox()))).unwrap_or_default();
+    let mut worker = Worker {
+        rt,
+        queues: Vec::new(),
+        policy: Policy::new(poll_max_ns),
+        events: Vec::with_capacity(1024),
+        done: Rc::default(),
+        new_memory: None,
+        quit: false,
+    };
+    while !worker.quit {
+        if !worker.turn() {
+            worker.idle();
+        }
+    }
+}
+
+impl Worker {
+    /// One turn of the loop. Whether anything happened.
+    fn turn(&mut self) -> bool {
+        let mut progress = self.take();
+        progress |= self.rt.executor.run_ready(TASKS_PER_TURN) > 0;
+        self.rt.reactor.borrow_mut().flush();
+        progress |= self.complete();
+        for q in &mut self.queues {
+            q.publish();
+        }
+        progress | self.obey() | self.settle()
+    }
+
+    /// Takes what the guest made available.
+    fn take(&mut self) -> bool {
+        let mut progress = false;
+        if self.new_memory.is_some() {
+            return false;
+        }
+        let mut reactor = self.rt.reactor.borrow_mut();
+        for q in &mut self.queues {
+            let room = IN_FLIGHT_MAX.saturating_sub(reactor.in_flight() + self.rt.executor.tasks());
+            for _ in 0..q.available(room) {
+                progress = true;
+                match q.take_one(&mut reactor) {
+                    Some(Started::Fast) => {}
+                    Some(Started::Slow(head, slow)) => spawn(&self.rt, &self.done, payload(q.index, head), slow),
+                    None => break,
+                }
+            }
+        }
+        progress
+    }
+
+    /// Takes completions of both lanes.
+    fn complete(&mut self) -> bool {
+        self.rt.collect(&mut self.events);
+        let mut progress = false;
+        for event in self.events.drain(..) {
+            let Event::Done(token, result) = event else { continue };
+            progress = true;
+            let (index, head) = from_payload(token);
+            if let Some(q) = self.queues.iter_mut().find(|q| q.index == index)
+                && let Some(slow) = q.fast_done(head, result)
+            {
+                spawn(&self.rt, &self.done, token, slow);
+            }
+        }
+        for (token, result) in self.done.borrow_mut().drain(..) {
+            progress = true;
+            let (index, head) = from_payload(token);
+            if let Some(q) = self.queues.iter_mut().find(|q| q.index == index) {
+                q.slow_done(head, result);
+            }
+        }
+        progress
+    }
+
+    /// Carries out commands.
+    fn obey(&mut self) -> bool {
+        let commands = self.rt.take_commands();
+        let progress = !commands.is_empty();
+        for command in commands {
+            match command.downcast::<Command>() {
+                Ok(command) => self.command(*command),
+                Err(_) => unreachable!("only commands are sent to workers"),
+            }
+        }
+        progress
+    }
+
+    fn command(&mut self, command: Command) {
+        let queue = |queues: &mut Vec<Box<Queue>>, i| queues.iter_mut().position(|q| q.index == i);
+        match command {
+            Command::Start(mut q, done) => {
+                q.watch = q.kick_fd().and_then(|fd| self.watch(fd, q.index));
+                q.disarm();
+                self.queues.push(q);
+                drop(done);
+            }
+            Command::Stop(i, answer) => {
+                if let Some(at) = queue(&mut self.queues, i) {
+                    self.queues[at].stop(answer);
+                }
+            }
+            Command::SetCall(i, fd, done) => {
+                if let Some(at) = queue(&mut self.queues, i) {
+                    self.queues[at].set_call(fd);
+                }
+                drop(done);
+            }
+            Command::SetErr(i, fd, done) => {
+                if let Some(at) = queue(&mut self.queues, i) {
+                    self.queues[at].set_err(fd);
+                }
+                drop(done);
+            }
+            Command::SetMemory(map, true, done) => self.new_memory = Some((map, done)),
+            Command::SetMemory(map, false, done) => {
+                self.queues.iter_mut().for_each(|q| q.remap(&map));
+                drop(done);
+            }
+            Command::Quit => self.quit = true,
+        }
+    }
+
+    fn watch(&self, fd: i32, index: u16) -> Option<usize> {
+        match self.rt.reactor.borrow_mut().watch(fd, index.into()) {
+            Ok(key) => Some(key),
+            Err(e) => {
+                log::warn!("queue {index}: its kick descriptor cannot be waited for, polling: {e}");
+                None
+            }
+        }
+    }
+
+    /// Finishes stops and memory switches that waited for requests in flight.
+    fn settle(&mut self) -> bool {
+        let mut progress = false;
+        let mut at = 0;
+        while at < self.queues.len() {
+            let Some((answer, next)) = self.queues[at].stopped() else {
+                at += 1;
+                continue;
+            };
+            let answer = answer.clone();
+            let mut q = self.queues.remove(at);
+            q.publish();
+            if let Some(key) = q.watch {
+                self.rt.reactor.borrow_mut().unwatch(key);
+            }
+            drop(q);
+            // The session waits for this; if it is gone, nobody needs the index.
+            answer.send(next).unwrap_or_default();
+            progress = true;
+        }
+        if self.new_memory.is_some() && self.queues.iter().all(|q| q.is_idle()) {
+            let (map, done) = self.new_memory.take().expect("just seen");
+            self.queues.iter_mut().for_each(|q| q.remap(&map));
+            drop(done);
+            progress = true;
+        }
+        progress
+    }
+
+    /// Nothing to do: spins for a while, then sleeps.
+    fn idle(&mut self) {
+        let in_flight = self.rt.reactor.borrow().in_flight();
+        let budget = Duration::from_nanos(self.policy.budget_ns(in_flight));
+        let start = Instant::now();
+        let mut elapsed = Duration::ZERO;
+        while elapsed < budget {
+            for _ in 0..8 {
+                if self.has_input() {
+                    self.policy.observe(nanos(start.elapsed()), in_flight, false);
+                    return;
+                }
+                std::hint::spin_loop();
+            }
+            elapsed = start.elapsed();
+        }
+        self.queues.iter_mut().for_each(|q| q.arm());
+        if !self.has_input() {
+            let polled = self.queues.iter().any(|q| q.watch.is_none());
+            self.rt.wait_at_most(polled.then_some(POLLED_RING_PAUSE));
+        }
+        self.queues.iter_mut().for_each(|q| q.disarm());
+        self.policy.observe(nanos(start.elapsed()), in_flight, true);
+    }
+
+    #[inline]
+    fn has_input(&self) -> bool {
+        let taking = self.new_memory.is_none();
+        (taking && self.queues.iter().any(|q| q.has_avail())) || self.rt.has_work()
+    }
+}
+
+fn spawn(rt: &Runtime, done: &Done, token: u64, slow: Slow) {
+    let done = Rc::clone(done);
+    rt.spawn(async move {
+        let result = slow.run().await;
+        done.borrow_mut().push((token, result));
+    });
+}
+
+fn nanos(d: Duration) -> u64 {
+    u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)
+}
