@@ -161,7 +161,10 @@ impl GuestMap {
         let skip = guest_addr.checked_sub(r.guest_addr).filter(|s| *s < r.size)?;
         let n = len.min(r.size - skip);
         // Both fit: the region is mapped in one piece of our address space.
-        #[expect(clippy::cast_possible_truncation, reason = "64-bit hosts only; the region is mapped")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "64-bit hosts only; the region is mapped"
+        )]
         // SAFETY: inside the region's mapping, which lives as long as this map.
         Some(unsafe { IoVec::new(r.host.add(skip as usize), n as usize) })
     }
@@ -169,7 +172,8 @@ impl GuestMap {
     /// Translates `len` bytes at a user address of the front end (SET_VRING_ADDR), in one piece, aligned to `align` bytes.
     pub fn translate_user(&self, user_addr: u64, len: u64, align: usize) -> Option<*mut u8> {
         let r = self.regions.iter().find(|r| {
-            user_addr >= r.user_addr && user_addr.checked_add(len).is_some_and(|e| e <= r.user_addr + r.size)
+            user_addr >= r.user_addr
+                && user_addr.checked_add(len).is_some_and(|e| e <= r.user_addr + r.size)
         })?;
         let at = r.host.wrapping_add(usize::try_from(user_addr - r.user_addr).ok()?);
         at.addr().is_multiple_of(align).then_some(at)
