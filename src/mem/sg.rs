@@ -240,7 +240,7 @@ mod tests {
             let want = &mut flat[o1 + o2..o1 + o2 + l2];
             let mut got = vec![0; l2];
             sg.copy_to(&mut got);
-            prop_assert_eq!(&got, want);
+            prop_assert_eq!(&got[..], &want[..]);
             prop_assert_eq!(sg.iter().map(|v| v.len()).sum::<usize>(), l2);
             if let Some(k) = sg.as_kernel_iov() {
                 prop_assert_eq!(k.iter().map(IoVec::len).sum::<usize>(), l2);

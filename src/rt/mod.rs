@@ -1,13 +1,50 @@
-//! The runtime: reactor, executor, mailbox, polling policy. Knows nothing of blocks.
-#![expect(unused_variables, clippy::unused_async, reason = "skeleton")]
+//! The runtime: what a thread that does I/O is made of. Knows nothing of blocks.
+//!
+//! Each such thread has one [`Runtime`]: a reactor (requests, completions, the wait point), an executor (slow-lane
+//! tasks), a mailbox (messages from other threads) and timers. A device worker drives its runtime by hand, turn by
+//! turn, to poll its rings in between; [`block_on`] drives one for a single future.
+//!
+//! Operations are never abandoned: their memory belongs to a guest or to a buffer of the future that waits for them,
+//! so a future with an operation in the kernel must not be dropped ([`Operation`]'s drop ends the process).
+//!
+//! Why not tokio-uring, glommio, monoio, compio: see the crate documentation.
 
+use std::cell::{Cell, RefCell};
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::future::Future;
+use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::time::Duration;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::Errno;
-use crate::mem::Sg;
+use crate::mem::{IoVec, Sg};
 
+mod aio;
+mod buf;
+mod calls;
+mod epoll;
+mod executor;
+mod mailbox;
+pub mod poll;
+mod pool;
+mod reactor;
 pub mod sync;
+mod uring;
+
+pub use buf::Buffer;
+pub use executor::Executor;
+pub use mailbox::{Bell, Mail, Mailbox};
+pub use reactor::{Event, Reactor, WaitKind};
+
+/// The most memory ranges in one kernel request (IOV_MAX).
+pub const IOV_MAX: usize = 1024;
 
 /// How a file's requests reach the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,7 +53,7 @@ pub enum Engine {
     Threads,
     /// Linux AIO (`io_submit`); needs O_DIRECT.
     Native,
-    /// The worker's own io_uring.
+    /// The worker's own io_uring; the thread pool where there is none.
     IoUring,
 }
 
@@ -44,20 +81,350 @@ impl File {
     }
 }
 
-/// Reads at `offset` into `to`; may be short (0 = end of file).
+/// One transfer between a file and memory, as the kernel takes it.
+///
+/// Whoever makes one keeps the descriptor, the array and the memory alive until its completion.
+#[derive(Clone, Copy)]
+pub struct Rw {
+    write: bool,
+    dsync: bool,
+    fd: RawFd,
+    count: u32,
+    iov: *const IoVec,
+    offset: u64,
+}
+
+// SAFETY: a description; see the contract of its maker.
+unsafe impl Send for Rw {}
+
+impl Rw {
+    /// A transfer at byte `offset` of `file`, to (`write` false) or from the memory of `iov`; `dsync`: stable when done.
+    ///
+    /// # Safety
+    /// `file`, the array `iov` and the memory it names stay alive until the transfer's completion has been taken.
+    ///
+    /// # Panics
+    /// If `iov` is empty or longer than [`IOV_MAX`].
+    #[inline]
+    pub unsafe fn new(file: &File, write: bool, iov: &[IoVec], offset: u64, dsync: bool) -> Rw {
+        assert!(!iov.is_empty() && iov.len() <= IOV_MAX, "bad number of memory ranges");
+        let count = iov.len() as u32;
+        Rw { write, dsync, fd: file.fd(), count, iov: iov.as_ptr(), offset }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Fast,
+    Op,
+    Watch,
+    Ignored,
+}
+
+const TOKEN_BITS: u64 = (1 << 62) - 1;
+
+const fn token(kind: Kind, payload: u64) -> u64 {
+    (kind as u64) << 62 | payload & TOKEN_BITS
+}
+
+const fn kind_of(token: u64) -> Kind {
+    match token >> 62 {
+        0 => Kind::Fast,
+        1 => Kind::Op,
+        2 => Kind::Watch,
+        _ => Kind::Ignored,
+    }
+}
+
+const fn is_request(token: u64) -> bool {
+    token >> 63 == 0
+}
+
+/// An event descriptor as a mailbox's bell.
+pub struct EventBell(EventFd);
+
+impl Bell for EventBell {
+    fn ring(&self) {
+        if let Err(e) = self.0.write(1) {
+            log::error!("waking a thread: {e}");
+        }
+    }
+}
+
+/// A runtime's mailbox.
+pub type Inbox = Mailbox<EventBell>;
+
+/// Everything a thread needs to do I/O.
+pub struct Runtime {
+    /// Requests and completions.
+    pub reactor: RefCell<Reactor>,
+    /// Tasks.
+    pub executor: Executor,
+    inbox: Arc<Inbox>,
+    mails: RefCell<Vec<Mail>>,
+    commands: RefCell<Vec<Box<dyn std::any::Any + Send>>>,
+    timers: RefCell<BinaryHeap<Reverse<Timer>>>,
+    timer_count: Cell<u64>,
+}
+
+struct Timer {
+    due: Instant,
+    number: u64,
+    waker: Waker,
+}
+
+impl PartialEq for Timer {
+    fn eq(&self, other: &Self) -> bool {
+        self.number == other.number
+    }
+}
+impl Eq for Timer {}
+impl PartialOrd for Timer {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Timer {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.due, self.number).cmp(&(other.due, other.number))
+    }
+}
+
+thread_local! {
+    static CURRENT: RefCell<Option<Rc<Runtime>>> = const { RefCell::new(None) };
+}
+
+/// Runs `f` on the calling thread's runtime if `inbox` is its mailbox. Whether it did.
+fn current_is(inbox: &Arc<Inbox>, f: impl FnOnce(&Runtime)) -> bool {
+    CURRENT.with(|c| match &*c.borrow() {
+        Some(rt) if Arc::ptr_eq(&rt.inbox, inbox) => {
+            f(rt);
+            true
+        }
+        _ => false,
+    })
+}
+
+/// The calling thread's runtime.
+///
+/// # Panics
+/// On a thread without one: slow-lane code runs only inside [`block_on`] or a worker.
+pub fn current() -> Rc<Runtime> {
+    CURRENT.with(|c| c.borrow().clone()).expect("this thread drives a runtime")
+}
+
+impl Runtime {
+    /// Makes a runtime that waits in `kind` and installs it as the calling thread's.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    ///
+    /// # Panics
+    /// If the thread has one already.
+    pub fn install(kind: WaitKind) -> Result<Installed, Errno> {
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let inbox = Arc::new(Mailbox::new(EventBell(event)));
+        let rt = Rc::new(Runtime {
+            reactor: RefCell::new(Reactor::new(kind, Arc::clone(&inbox))?),
+            executor: Executor::default(),
+            inbox,
+            mails: RefCell::new(Vec::with_capacity(64)),
+            commands: RefCell::new(Vec::new()),
+            timers: RefCell::new(BinaryHeap::new()),
+            timer_count: Cell::new(0),
+        });
+        CURRENT.with(|c| {
+            let before = c.borrow_mut().replace(Rc::clone(&rt));
+            assert!(before.is_none(), "this thread drives a runtime already");
+        });
+        Ok(Installed { rt })
+    }
+
+    /// The mailbox, for other threads.
+    pub fn inbox(&self) -> &Arc<Inbox> {
+        &self.inbox
+    }
+
+    /// Adds a task.
+    pub fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        self.executor.spawn(&self.inbox, task);
+    }
+
+    /// Opens the mail, takes all completions, fires timers. Events of the thread's own program are appended to `to`.
+    #[inline]
+    pub fn collect(&self, to: &mut Vec<Event>) {
+        if self.inbox.has_mail() {
+            self.open_mail(to);
+        }
+        self.reactor.borrow_mut().reap(to);
+        if !self.timers.borrow().is_empty() {
+            self.fire_timers();
+        }
+    }
+
+    fn open_mail(&self, to: &mut Vec<Event>) {
+        let mut mails = self.mails.borrow_mut();
+        self.inbox.take(&mut mails);
+        for mail in mails.drain(..) {
+            match mail {
+                Mail::Done { token, result } => self.reactor.borrow_mut().mailed(token, result, to),
+                Mail::Wake { key, generation } => self.executor.make_ready(key, generation),
+                Mail::Command(command) => self.commands.borrow_mut().push(command),
+            }
+        }
+    }
+
+    /// The commands that came by mail, in order.
+    pub fn take_commands(&self) -> Vec<Box<dyn std::any::Any + Send>> {
+        if self.commands.borrow().is_empty() { Vec::new() } else { self.commands.take() }
+    }
+
+    fn fire_timers(&self) {
+        let now = Instant::now();
+        loop {
+            let mut timers = self.timers.borrow_mut();
+            match timers.peek() {
+                Some(Reverse(t)) if t.due <= now => {}
+                _ => return,
+            }
+            let due = timers.pop();
+            drop(timers);
+            if let Some(Reverse(t)) = due {
+                t.waker.wake();
+            }
+        }
+    }
+
+    /// Whether there is anything to do without waiting: mail, completions, ready tasks, due timers.
+    #[inline]
+    pub fn has_work(&self) -> bool {
+        self.inbox.has_mail()
+            || self.executor.has_ready()
+            || self.reactor.borrow_mut().has_events()
+            || self.next_due().is_some_and(|due| due <= Instant::now())
+    }
+
+    fn next_due(&self) -> Option<Instant> {
+        self.timers.borrow().peek().map(|Reverse(t)| t.due)
+    }
+
+    /// Blocks until there is something to do. The only blocking call of a thread.
+    pub fn wait(&self) {
+        if self.executor.has_ready() || !self.inbox.announce_sleep() {
+            return;
+        }
+        let timeout = self.next_due().map(|due| due.saturating_duration_since(Instant::now()));
+        if timeout.is_none_or(|t| !t.is_zero()) {
+            self.reactor.borrow_mut().wait(timeout);
+        }
+        self.inbox.woke();
+    }
+}
+
+/// A runtime installed on the calling thread; taken off when dropped.
+pub struct Installed {
+    rt: Rc<Runtime>,
+}
+
+impl std::ops::Deref for Installed {
+    type Target = Runtime;
+    fn deref(&self) -> &Runtime {
+        &self.rt
+    }
+}
+
+impl Drop for Installed {
+    fn drop(&mut self) {
+        CURRENT.with(|c| c.borrow_mut().take());
+        if !std::thread::panicking() {
+            assert_eq!(self.rt.reactor.borrow().in_flight(), 0, "requests outlive their runtime");
+        }
+    }
+}
+
+/// A slow-lane operation in the kernel or on a pool thread. Dropping it unfinished would free memory that the kernel
+/// writes to, so that ends the process instead; nothing in this program drops futures early.
+struct Operation<'a> {
+    rt: Rc<Runtime>,
+    op: usize,
+    finished: bool,
+    memory: PhantomData<&'a ()>,
+}
+
+impl Operation<'_> {
+    fn submit(start: impl FnOnce(&mut Reactor, usize)) -> Self {
+        let rt = current();
+        let op = {
+            let mut reactor = rt.reactor.borrow_mut();
+            let op = reactor.new_op();
+            start(&mut reactor, op);
+            op
+        };
+        Operation { rt, op, finished: false, memory: PhantomData }
+    }
+}
+
+impl Future for Operation<'_> {
+    type Output = i32;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<i32> {
+        let result = self.rt.reactor.borrow_mut().poll_op(self.op, cx.waker());
+        self.finished = result.is_ready();
+        result
+    }
+}
+
+impl Drop for Operation<'_> {
+    fn drop(&mut self) {
+        if !self.finished {
+            log::error!("an operation in flight was abandoned");
+            std::process::abort();
+        }
+    }
+}
+
+async fn transfer(
+    file: &File,
+    write: bool,
+    sg: Sg<'_>,
+    offset: u64,
+    dsync: bool,
+) -> Result<usize, Errno> {
+    if sg.is_empty() {
+        return Ok(0);
+    }
+    let gathered: Vec<IoVec>;
+    let iov = match sg.as_kernel_iov() {
+        Some(iov) => iov,
+        None => {
+            gathered = sg.iter().collect();
+            &gathered
+        }
+    };
+    let iov = &iov[..iov.len().min(IOV_MAX)];
+    let operation = Operation::submit(|reactor, op| {
+        // SAFETY: `file` and `sg` are borrowed by this future, which also owns `gathered`; `Operation` sees to it
+        // that the future is not dropped before the completion.
+        let rw = unsafe { Rw::new(file, write, iov, offset, dsync) };
+        reactor.submit_op(file.engine, &rw, op);
+    });
+    Errno::from_result(operation.await)
+}
+
+/// Reads at byte `offset` into `to`; may be short (0 = end of file).
 ///
 /// # Errors
 /// What the kernel says.
 pub async fn read(file: &File, to: Sg<'_>, offset: u64) -> Result<usize, Errno> {
-    todo!()
+    transfer(file, false, to, offset, false).await
 }
 
-/// Writes `from` at `offset`; may be short. `dsync`: stable when done (RWF_DSYNC).
+/// Writes `from` at byte `offset`; may be short. `dsync`: stable when done (RWF_DSYNC).
 ///
 /// # Errors
 /// What the kernel says.
 pub async fn write(file: &File, from: Sg<'_>, offset: u64, dsync: bool) -> Result<usize, Errno> {
-    todo!()
+    transfer(file, true, from, offset, dsync).await
 }
 
 /// `fdatasync`.
@@ -65,33 +432,231 @@ pub async fn write(file: &File, from: Sg<'_>, offset: u64, dsync: bool) -> Resul
 /// # Errors
 /// What the kernel says.
 pub async fn fdatasync(file: &File) -> Result<(), Errno> {
-    todo!()
+    let operation = Operation::submit(|r, op| r.submit_fdatasync(file.engine, file.fd(), op));
+    Errno::from_result(operation.await).map(drop)
 }
 
-/// `fallocate` with `mode`.
+/// `fallocate` with `mode` (FALLOC_FL_*), in bytes.
 ///
 /// # Errors
 /// What the kernel says.
 pub async fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> Result<(), Errno> {
-    todo!()
+    let fd = file.fd();
+    let call = move || calls::fallocate(fd, mode, offset, len);
+    Errno::from_result(Operation::submit(|r, op| r.submit_call(op, call)).await).map(drop)
 }
 
 /// Runs `f` on a pool thread (ioctls and other calls that block).
 pub async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T {
-    todo!()
+    let place = Arc::new(std::sync::Mutex::new(None));
+    let answer = Arc::clone(&place);
+    let call = move || {
+        let value = f();
+        *answer.lock().expect("no holder panics") = Some(value);
+        0
+    };
+    Operation::submit(|r, op| r.submit_call(op, call)).await;
+    let value = place.lock().expect("no holder panics").take();
+    value.expect("the call has returned")
 }
 
-/// Waits.
+/// Waits for `time`.
 pub async fn sleep(time: Duration) {
-    todo!()
+    let rt = current();
+    let due = Instant::now() + time;
+    std::future::poll_fn(|cx| {
+        if Instant::now() >= due {
+            return Poll::Ready(());
+        }
+        let number = rt.timer_count.get();
+        rt.timer_count.set(number + 1);
+        let waker = cx.waker().clone();
+        rt.timers.borrow_mut().push(Reverse(Timer { due, number, waker }));
+        Poll::Pending
+    })
+    .await;
 }
 
-/// Drives `future` to its end on this thread (control plane, tests): a runtime of its own.
+/// Drives `future` to its end on this thread, with a runtime of its own (control plane, tests).
+///
+/// # Panics
+/// If the thread drives a runtime already, or no descriptors are left for one.
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {
-    todo!()
+    block_on_with(WaitKind::Epoll, future)
+}
+
+/// [`block_on`] with a wait point of choice.
+///
+/// # Panics
+/// As [`block_on`]; or if io_uring does not work here.
+pub fn block_on_with<T>(kind: WaitKind, future: impl Future<Output = T>) -> T {
+    struct MainWaker(Arc<Inbox>);
+    impl std::task::Wake for MainWaker {
+        fn wake(self: Arc<Self>) {
+            self.0.post(Mail::Wake { key: usize::MAX, generation: 0 });
+        }
+    }
+    let rt = Runtime::install(kind).expect("a thread can have a runtime");
+    let waker = Waker::from(Arc::new(MainWaker(Arc::clone(rt.inbox()))));
+    let mut future = pin!(future);
+    let (mut events, mut value) = (Vec::new(), None);
+    loop {
+        if value.is_none()
+            && let Poll::Ready(v) = future.as_mut().poll(&mut Context::from_waker(&waker))
+        {
+            value = Some(v);
+        }
+        rt.executor.run_ready(usize::MAX);
+        // Tasks that the future left behind are driven to their end, too.
+        if rt.executor.tasks() == 0
+            && let Some(value) = value.take()
+        {
+            return value;
+        }
+        rt.reactor.borrow_mut().flush();
+        if !rt.has_work() {
+            rt.wait();
+        }
+        rt.collect(&mut events);
+        events.clear();
+    }
 }
 
 /// Whether io_uring works here, found out once; the reason if not.
+///
+/// # Errors
+/// ENOSYS (not in this kernel), EPERM (seccomp, `kernel.io_uring_disabled`), ENOMEM, or ENOTSUP for a kernel that lacks
+/// what we need of it.
 pub fn uring_available() -> Result<(), Errno> {
-    todo!()
+    static FOUND: OnceLock<Result<(), Errno>> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        // For tests and for operators who want none: as if the kernel had refused.
+        if std::env::var_os("VHOST_USER_BLK_NO_IO_URING").is_some() {
+            return Err(Errno::EPERM);
+        }
+        uring::Uring::new().map(drop)
+    })
+}
+
+/// The wait point to use: io_uring if it works, else epoll.
+pub fn best_wait_kind() -> WaitKind {
+    if uring_available().is_ok() { WaitKind::Uring } else { WaitKind::Epoll }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::OpenOptionsExt;
+
+    use super::*;
+
+    fn open(path: &std::path::Path, engine: Engine) -> File {
+        let direct = if engine == Engine::Native { libc::O_DIRECT } else { 0 };
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .custom_flags(direct)
+            .open(path)
+            .unwrap();
+        File::new(file.into(), engine, 4096, 4096)
+    }
+
+    #[test]
+    fn every_engine_under_every_wait() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        for kind in [WaitKind::Uring, WaitKind::Epoll] {
+            for engine in [Engine::Threads, Engine::Native, Engine::IoUring] {
+                let path = dir.path().join("f");
+                let file = open(&path, engine);
+                block_on_with(kind, async {
+                    let mut out = Buffer::new(8192, 4096);
+                    out.bytes_mut().fill(0x5a);
+                    let (a, b) = (out.iovec().part(0, 4096), out.iovec().part(4096, 4096));
+                    let two = [b, a];
+                    assert_eq!(write(&file, Sg::new(&two), 4096, true).await, Ok(8192));
+                    fdatasync(&file).await.unwrap();
+                    fallocate(
+                        &file,
+                        libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                        4096,
+                        4096,
+                    )
+                    .await
+                    .unwrap();
+                    let back = Buffer::new(16384, 4096);
+                    let iov = [back.iovec()];
+                    // Short at the end of the file.
+                    assert_eq!(read(&file, Sg::new(&iov), 0).await, Ok(12288));
+                    assert!(back.bytes()[..8192].iter().all(|b| *b == 0));
+                    assert!(back.bytes()[8192..12288].iter().all(|b| *b == 0x5a));
+                    assert_eq!(read(&file, Sg::new(&iov), 1 << 20).await, Ok(0));
+                    assert_eq!(blocking(|| 7).await, 7);
+                });
+                // Errors arrive as errors.
+                let closed = File::new(std::fs::File::open(&path).unwrap().into(), engine, 1, 1);
+                block_on_with(kind, async {
+                    let buffer = Buffer::new(4096, 4096);
+                    let iov = [buffer.iovec()];
+                    assert_eq!(
+                        write(&closed, Sg::new(&iov), 0, false).await,
+                        Err(Errno(libc::EBADF))
+                    );
+                });
+                std::fs::remove_file(&path).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn many_operations_at_once_all_return() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let file = Rc::new(open(&dir.path().join("f"), Engine::IoUring));
+        let count = Rc::new(Cell::new(0));
+        block_on_with(WaitKind::Uring, async {
+            for i in 0..6000u64 {
+                let (file, count) = (Rc::clone(&file), Rc::clone(&count));
+                current().spawn(async move {
+                    let b = Buffer::new(512, 512);
+                    assert_eq!(write(&file, Sg::new(&[b.iovec()]), i * 512, false).await, Ok(512));
+                    count.set(count.get() + 1);
+                });
+            }
+        });
+        assert_eq!(count.get(), 6000);
+    }
+
+    #[test]
+    fn wakers_work_across_threads() {
+        let lock = Arc::new(sync::RangeLock::default());
+        let threads: Vec<_> = (0..3)
+            .map(|_| {
+                let lock = Arc::clone(&lock);
+                std::thread::spawn(move || {
+                    block_on(async {
+                        for _ in 0..200 {
+                            let _guard = lock.lock(0..1, true).await;
+                            blocking(std::thread::yield_now).await;
+                        }
+                    });
+                })
+            })
+            .collect();
+        threads.into_iter().for_each(|t| t.join().unwrap());
+    }
+
+    #[test]
+    fn timers_fire_in_order() {
+        let order = Rc::new(RefCell::new(Vec::new()));
+        block_on(async {
+            for ms in [9u64, 1, 5] {
+                let order = Rc::clone(&order);
+                current().spawn(async move {
+                    sleep(Duration::from_millis(ms)).await;
+                    order.borrow_mut().push(ms);
+                });
+            }
+        });
+        assert_eq!(*order.borrow(), [1, 5, 9]);
+    }
 }

@@ -1,4 +1,29 @@
 //! The vhost-user protocol: a listener, one session per connection, and the device it drives.
+//!
+//! [`server`] accepts, one front end at a time; [`session`] is the state machine of a connection, over [`ring`] (what the
+//! front end said of a ring), [`memory`] (guest memory) and [`notify`] (configuration changes); [`message`] is the wire's
+//! vocabulary, [`socket`] the wire. The device behind it is a [`Device`].
+//!
+//! Why not the `vhost` crate's `BackendReqHandler`: it ends the connection on a message that it does not know and on every
+//! request that it refuses; it demands orders of negotiation that real front ends do not keep (cloud-hypervisor
+//! reconnects without asking for the protocol features, StratoVirt repeats SET_OWNER); it has no GET_STATUS and
+//! SET_STATUS, which QEMU sends; and it leaves no moment at which a ring that is disabled could be drained before the
+//! answer goes out.
+//!
+//! The rule for what a front end does wrong: as long as the stream is in step, the request is refused (a reply that is
+//! not zero, where one is wanted) and the connection goes on. cloud-hypervisor takes a refusal as the end of the disk, so
+//! nothing is refused that can be served.
+
+mod memory;
+pub mod message;
+pub mod notify;
+mod ring;
+pub mod server;
+mod session;
+mod socket;
+
+pub use notify::{ConfigChange, Told};
+pub use server::{Endpoint, Server};
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

@@ -1,0 +1,252 @@
+//! One request: from the chain to what is to be done, and the slow lane's ways of doing it.
+//!
+//! A slot belongs to one head of one ring; its index *is* the head, so a guest that offers a head twice is caught by
+//! the slot's state. What the guest controls (header, segments) is copied once and checked on the copy.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+
+use crate::block::{Node, Op, WriteFlags, ZeroFlags};
+use crate::error::Errno;
+use crate::mem::{GuestMap, IoVec, Sg};
+use crate::virtio::blk::{
+    self, HEADER_LEN, Header, SECTOR, SEGMENT_LEN, SEGMENT_SECTORS_MAX, SEGMENTS_MAX, Segment, Status,
+};
+use crate::virtio::ring::Chain;
+
+/// What a request asks for, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Move data; byte offset on the disk.
+    Transfer {
+        /// To the disk.
+        write: bool,
+        /// First byte.
+        offset: u64,
+    },
+    /// Make everything stable.
+    Flush,
+    /// Deallocate or zero ranges.
+    Ranges {
+        /// Zero them (else discard).
+        zero: bool,
+        /// The ranges.
+        segments: Vec<Segment>,
+    },
+    /// Done already, with this status.
+    Finished(Status),
+}
+
+/// What requests are checked against.
+#[derive(Clone, Copy, Debug)]
+pub struct Disk<'a> {
+    /// Sectors.
+    pub capacity: u64,
+    /// Logical block size in bytes.
+    pub block: u32,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// For GET_ID.
+    pub serial: &'a [u8],
+}
+
+/// The state of one head of a ring.
+#[derive(Default)]
+pub struct Slot {
+    /// The guest has given us the chain and not got it back.
+    pub busy: bool,
+    /// The chain; after [`Slot::parse`] without header and status.
+    pub chain: Chain,
+    /// First data range in `chain.iov`.
+    first: usize,
+    /// The status byte.
+    status: Option<IoVec>,
+    /// What the used element says: bytes that may have been written, with the status byte.
+    pub used_len: u32,
+}
+
+impl Slot {
+    /// The request's data ranges: of an OUT the readable, else the writable ones.
+    pub fn data(&self, write: bool) -> &[IoVec] {
+        if write { &self.chain.iov[self.first..self.chain.readable] } else { &self.chain.iov[self.chain.readable..] }
+    }
+
+    /// Splits the chain into header, data and status, reads the header and checks the request.
+    ///
+    /// # Errors
+    /// A reason, if there is no status byte to answer with.
+    pub fn parse(&mut self, disk: &Disk<'_>) -> Result<Action, &'static str> {
+        self.first = 0;
+        self.used_len = u32::try_from(self.chain.writable_len()).unwrap_or(u32::MAX);
+        self.status = self.cut_status();
+        if self.status.is_none() {
+            return Err(self.chain.bad.unwrap_or("a chain without a status byte"));
+        }
+        let header = self.cut_header();
+        match (self.chain.bad, header) {
+            (None, Some(header)) => Ok(self.check(header, disk)),
+            (bad, _) => {
+                log::warn!("malformed request: {}", bad.unwrap_or("no complete header"));
+                Ok(Action::Finished(Status::IoErr))
+            }
+        }
+    }
+
+    fn cut_status(&mut self) -> Option<IoVec> {
+        let n = self.chain.iov.len();
+        let last = *self.chain.iov[self.chain.readable..].last()?;
+        let (data, status) = (last.part(0, last.len() - 1), last.part(last.len() - 1, 1));
+        if data.is_empty() {
+            self.chain.iov.pop();
+        } else {
+            self.chain.iov[n - 1] = data;
+        }
+        Some(status)
+    }
+
+    fn cut_header(&mut self) -> Option<Header> {
+        let mut bytes = [0; HEADER_LEN];
+        let mut have = 0;
+        while have < HEADER_LEN {
+            let v = *self.chain.iov[..self.chain.readable].get(self.first)?;
+            let n = v.len().min(HEADER_LEN - have);
+            Sg::new(&[v.part(0, n)]).copy_to(&mut bytes[have..have + n]);
+            have += n;
+            if n == v.len() {
+                self.first += 1;
+            } else {
+                self.chain.iov[self.first] = v.part(n, v.len() - n);
+            }
+        }
+        Some(Header::parse(&bytes))
+    }
+
+    fn check(&self, header: Header, disk: &Disk<'_>) -> Action {
+        match header.kind {
+            VIRTIO_BLK_T_IN => self.check_transfer(header, disk, false),
+            VIRTIO_BLK_T_OUT if disk.read_only => Action::Finished(Status::IoErr),
+            VIRTIO_BLK_T_OUT => self.check_transfer(header, disk, true),
+            VIRTIO_BLK_T_FLUSH => Action::Flush,
+            VIRTIO_BLK_T_GET_ID => self.get_id(disk),
+            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if disk.read_only => {
+                Action::Finished(Status::IoErr)
+            }
+            VIRTIO_BLK_T_DISCARD => self.check_ranges(disk, false),
+            VIRTIO_BLK_T_WRITE_ZEROES => self.check_ranges(disk, true),
+            _ => Action::Finished(Status::Unsupp),
+        }
+    }
+
+    fn check_transfer(&self, header: Header, disk: &Disk<'_>, write: bool) -> Action {
+        let len: u64 = self.data(write).iter().map(|v| v.len() as u64).sum();
+        match blk::byte_range(header.sector, len, disk.capacity, disk.block) {
+            Some(_) if len == 0 => Action::Finished(Status::Ok),
+            Some(offset) => Action::Transfer { write, offset },
+            None => Action::Finished(Status::IoErr),
+        }
+    }
+
+    fn get_id(&self, disk: &Disk<'_>) -> Action {
+        let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
+        let n = disk.serial.len().min(id.len());
+        id[..n].copy_from_slice(&disk.serial[..n]);
+        let to = Sg::new(self.data(false));
+        let n = to.len().min(id.len());
+        to.slice(0, n).copy_from(&id[..n]);
+        Action::Finished(Status::Ok)
+    }
+
+    fn check_ranges(&self, disk: &Disk<'_>, zero: bool) -> Action {
+        let data = Sg::new(self.data(true));
+        let count = data.len() / SEGMENT_LEN;
+        if count == 0 || !data.len().is_multiple_of(SEGMENT_LEN) {
+            return Action::Finished(Status::IoErr);
+        }
+        if count > SEGMENTS_MAX {
+            return Action::Finished(Status::Unsupp);
+        }
+        let mut bytes = vec![0; data.len()];
+        data.copy_to(&mut bytes);
+        let segments: Vec<Segment> = bytes.chunks_exact(SEGMENT_LEN).map(Segment::parse).collect();
+        let allowed = if zero { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
+        if segments.iter().any(|s| s.flags & !allowed != 0) {
+            return Action::Finished(Status::Unsupp);
+        }
+        let fits = |s: &Segment| {
+            let len = u64::from(s.sectors) * SECTOR;
+            s.sectors <= SEGMENT_SECTORS_MAX
+                && blk::byte_range(s.sector, len, disk.capacity, disk.block).is_some()
+        };
+        if segments.iter().all(fits) {
+            Action::Ranges { zero, segments }
+        } else {
+            Action::Finished(Status::IoErr)
+        }
+    }
+
+    /// Writes the status byte.
+    pub fn answer(&self, status: Status) {
+        if let Some(at) = self.status {
+            Sg::new(&[at]).copy_from(&[status.byte()]);
+        }
+    }
+}
+
+/// A request for the slow lane: owns what it needs, the guest's memory map above all.
+pub struct Slow {
+    /// The root node.
+    pub root: Arc<Node>,
+    /// Keeps the ranges mapped.
+    pub map: Arc<GuestMap>,
+    /// The data ranges of a transfer.
+    pub iov: Vec<IoVec>,
+    /// What to do.
+    pub action: Action,
+    /// Stable before it completes.
+    pub fua: bool,
+}
+
+impl Slow {
+    /// Does it.
+    ///
+    /// # Errors
+    /// The first error met.
+    pub async fn run(self) -> Result<(), Errno> {
+        let root = &self.root;
+        match &self.action {
+            Action::Transfer { write: false, offset } => {
+                root.submit(Op::Read { offset: *offset, to: Sg::new(&self.iov) }).await
+            }
+            Action::Transfer { write: true, offset } => {
+                let flags = if self.fua { WriteFlags::FUA } else { WriteFlags::empty() };
+                root.submit(Op::Write { offset: *offset, from: Sg::new(&self.iov), flags }).await
+            }
+            Action::Flush => root.submit(Op::Flush).await,
+            Action::Ranges { zero, segments } => {
+                for s in segments {
+                    self.range(*zero, s).await?;
+                }
+                if self.fua { root.submit(Op::Flush).await } else { Ok(()) }
+            }
+            Action::Finished(_) => Ok(()),
+        }
+    }
+
+    async fn range(&self, zero: bool, s: &Segment) -> Result<(), Errno> {
+        let (offset, len) = (s.sector * SECTOR, u64::from(s.sectors) * SECTOR);
+        if len == 0 {
+            return Ok(());
+        }
+        if !zero {
+            return self.root.submit(Op::Discard { offset, len }).await;
+        }
+        let mut flags = ZeroFlags::empty();
+        flags.set(ZeroFlags::MAY_UNMAP, s.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0);
+        self.root.submit(Op::WriteZeroes { offset, len, flags }).await
+    }
+}

@@ -1,0 +1,322 @@
+//! The reactor of one thread: where its requests go and where it waits.
+//!
+//! Requests are submitted with a token and answered by a completion with the same token. Three engines carry them
+//! (io_uring, Linux AIO, the thread pool); one wait point - the io_uring, or epoll where there is none - sees their
+//! completions, the watched descriptors (kicks) and the mailbox's bell.
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::task::{Poll, Waker};
+use std::time::Duration;
+
+use slab::Slab;
+
+use super::aio::Aio;
+use super::epoll::Epoll;
+use super::pool::{Job, pool};
+use super::uring::Uring;
+use super::{Engine, Inbox, Kind, Rw, TOKEN_BITS, is_request, kind_of, token};
+use crate::error::Errno;
+
+/// How a thread waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WaitKind {
+    /// In its io_uring.
+    Uring,
+    /// In epoll.
+    Epoll,
+}
+
+enum Wait {
+    Uring(Box<Uring>),
+    Epoll(Epoll),
+}
+
+/// What happened, for the thread's own program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A request made with [`Reactor::submit`] is done: its payload, and bytes or a negative error number.
+    Done(u64, i32),
+    /// A watched descriptor had input: the payload of the watch.
+    Ready(u64),
+}
+
+enum OpSlot {
+    Waiting(Option<Waker>),
+    Finished(i32),
+}
+
+/// One watched descriptor.
+struct Watch {
+    fd: RawFd,
+    payload: u64,
+    token: u64,
+}
+
+/// The reactor of one thread.
+pub struct Reactor {
+    wait: Wait,
+    aio: Option<Aio>,
+    aio_event: Option<vmm_sys_util::eventfd::EventFd>,
+    aio_failed: bool,
+    inbox: Arc<Inbox>,
+    ops: Slab<OpSlot>,
+    watches: Slab<Watch>,
+    generation: u64,
+    in_flight: usize,
+    refused: Vec<(u64, i32)>,
+}
+
+/// The payload of the watches that belong to the reactor itself.
+const INTERNAL: u64 = u64::MAX;
+
+impl Reactor {
+    /// A reactor that waits in `kind`, for the owner of `inbox`.
+    ///
+    /// # Errors
+    /// What io_uring or epoll say.
+    pub fn new(kind: WaitKind, inbox: Arc<Inbox>) -> Result<Reactor, Errno> {
+        let wait = match kind {
+            WaitKind::Uring => Wait::Uring(Box::new(Uring::new()?)),
+            WaitKind::Epoll => Wait::Epoll(Epoll::new()?),
+        };
+        let bell = inbox.bell().0.as_raw_fd();
+        let mut reactor = Reactor {
+            wait,
+            aio: None,
+            aio_event: None,
+            aio_failed: false,
+            inbox,
+            ops: Slab::new(),
+            watches: Slab::new(),
+            generation: 0,
+            in_flight: 0,
+            refused: Vec::new(),
+        };
+        reactor.watch(bell, INTERNAL)?;
+        Ok(reactor)
+    }
+
+    /// Requests submitted and not answered yet.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Submits a transfer; its answer is [`Event::Done`] with `payload` (below 2^62).
+    #[inline]
+    pub fn submit(&mut self, engine: Engine, rw: &Rw, payload: u64) {
+        self.submit_token(engine, rw, token(Kind::Fast, payload));
+    }
+
+    fn submit_token(&mut self, engine: Engine, rw: &Rw, token: u64) {
+        self.in_flight += 1;
+        if engine == Engine::Native {
+            self.open_aio();
+        }
+        match (engine, &mut self.wait, &mut self.aio) {
+            (Engine::IoUring, Wait::Uring(ring), _) => ring.push_rw(rw, token),
+            (Engine::Native, _, Some(aio)) => aio.push(rw, token),
+            _ => pool().push(Job::Rw { rw: *rw, token, inbox: Arc::clone(&self.inbox) }),
+        }
+    }
+
+    /// Opens this thread's AIO context when it is first needed; without one the thread pool serves.
+    fn open_aio(&mut self) {
+        if self.aio.is_none() && !self.aio_failed {
+            let opened =
+                vmm_sys_util::eventfd::EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+                    .map_err(Errno::from)
+                    .and_then(|event| {
+                        self.watch(event.as_raw_fd(), INTERNAL)?;
+                        self.aio = Some(Aio::new(event.as_raw_fd())?);
+                        self.aio_event = Some(event);
+                        Ok(())
+                    });
+            if let Err(e) = opened {
+                log::warn!("no Linux AIO context, using threads: {e}");
+                self.aio_failed = true;
+            }
+        }
+    }
+
+    /// A slot for a slow-lane operation: its token's payload.
+    pub(super) fn new_op(&mut self) -> usize {
+        self.ops.insert(OpSlot::Waiting(None))
+    }
+
+    /// Submits the transfer of operation `op`.
+    pub(super) fn submit_op(&mut self, engine: Engine, rw: &Rw, op: usize) {
+        self.submit_token(engine, rw, token(Kind::Op, op as u64));
+    }
+
+    /// Submits an `fdatasync` for operation `op`.
+    pub(super) fn submit_fdatasync(&mut self, engine: Engine, fd: RawFd, op: usize) {
+        match (engine, &mut self.wait) {
+            (Engine::IoUring, Wait::Uring(ring)) => {
+                self.in_flight += 1;
+                ring.push_fdatasync(fd, token(Kind::Op, op as u64));
+            }
+            _ => self.submit_call(op, move || super::calls::fdatasync(fd)),
+        }
+    }
+
+    /// Runs `call` on a pool thread for operation `op`; it answers like a system call of the kernel.
+    pub(super) fn submit_call(&mut self, op: usize, call: impl FnOnce() -> i32 + Send + 'static) {
+        self.in_flight += 1;
+        let (inbox, token) = (Arc::clone(&self.inbox), token(Kind::Op, op as u64));
+        pool().push(Job::Call(Box::new(move || {
+            let result = call();
+            inbox.post(super::Mail::Done { token, result });
+        })));
+    }
+
+    /// The result of operation `op`, once; until then its waker is kept.
+    pub(super) fn poll_op(&mut self, op: usize, waker: &Waker) -> Poll<i32> {
+        match &mut self.ops[op] {
+            OpSlot::Finished(result) => {
+                let result = *result;
+                self.ops.remove(op);
+                Poll::Ready(result)
+            }
+            OpSlot::Waiting(kept) => {
+                match kept {
+                    Some(w) if w.will_wake(waker) => {}
+                    _ => *kept = Some(waker.clone()),
+                }
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Watches `fd` for input: [`Event::Ready`] with `payload` at every write to it. It need not be read.
+    /// Answers the watch's key.
+    ///
+    /// # Errors
+    /// EPERM and others for a descriptor that cannot be watched.
+    pub fn watch(&mut self, fd: RawFd, payload: u64) -> Result<usize, Errno> {
+        self.generation += 1;
+        let entry = self.watches.vacant_entry();
+        let key = entry.key();
+        // Generation above, key below: an event of an ended watch is told from one of its slot's next user.
+        let token = token(Kind::Watch, (self.generation << 20 | key as u64) & TOKEN_BITS);
+        match &mut self.wait {
+            Wait::Uring(ring) => ring.push_poll(fd, token),
+            Wait::Epoll(epoll) => epoll.add(fd, token)?,
+        }
+        entry.insert(Watch { fd, payload, token });
+        Ok(key)
+    }
+
+    /// Ends a watch. The descriptor may be closed afterwards.
+    pub fn unwatch(&mut self, key: usize) {
+        let watch = self.watches.remove(key);
+        match &mut self.wait {
+            Wait::Uring(ring) => ring.remove_poll(watch.token, token(Kind::Ignored, 0)),
+            Wait::Epoll(epoll) => epoll.remove(watch.fd),
+        }
+    }
+
+    /// Hands what is queued to the kernel: at most one system call per engine, none if nothing is queued.
+    #[inline]
+    pub fn flush(&mut self) {
+        if let Wait::Uring(ring) = &mut self.wait {
+            ring.submit();
+        }
+        if let Some(aio) = &mut self.aio {
+            let refused = &mut self.refused;
+            aio.submit(|token, result| refused.push((token, result)));
+        }
+    }
+
+    /// Whether [`Reactor::reap`] would find something.
+    #[inline]
+    pub fn has_events(&mut self) -> bool {
+        let ring = match &mut self.wait {
+            Wait::Uring(ring) => ring.has_events(),
+            Wait::Epoll(_) => false,
+        };
+        ring || !self.refused.is_empty() || self.aio.as_ref().is_some_and(Aio::has_events)
+    }
+
+    /// Takes all completions and events: those of the thread's own program are appended to `to`, tasks are woken.
+    #[inline]
+    pub fn reap(&mut self, to: &mut Vec<Event>) {
+        let Reactor { wait, aio, ops, watches, in_flight, refused, .. } = self;
+        let mut rearm = None;
+        match wait {
+            Wait::Uring(ring) => ring.reap(|token, result, more| {
+                if is_request(token) {
+                    complete(ops, in_flight, token, result, to);
+                } else if let Some(watch) = ready(watches, token, to)
+                    && !more
+                {
+                    rearm = Some((watch.fd, token));
+                }
+            }),
+            Wait::Epoll(epoll) => epoll.take(|token| {
+                ready(watches, token, to);
+            }),
+        }
+        if let Some(aio) = aio {
+            aio.reap(|token, result| complete(ops, in_flight, token, result, to));
+        }
+        for (token, result) in refused.drain(..) {
+            complete(ops, in_flight, token, result, to);
+        }
+        // The kernel may end a multishot poll (completion queue full): it is set again. Rare, so one a turn will do,
+        // because the others are told again by a spurious look at their rings.
+        if let (Some((fd, token)), Wait::Uring(ring)) = (rearm, &mut self.wait) {
+            ring.push_poll(fd, token);
+        }
+    }
+
+    /// A completion that came by mail.
+    pub(super) fn mailed(&mut self, token: u64, result: i32, to: &mut Vec<Event>) {
+        complete(&mut self.ops, &mut self.in_flight, token, result, to);
+    }
+
+    /// Blocks until something happens or `timeout` is over. What is queued is submitted first.
+    pub fn wait(&mut self, timeout: Option<Duration>) {
+        self.flush();
+        if self.aio.as_ref().is_some_and(Aio::has_events) || !self.refused.is_empty() {
+            return;
+        }
+        match &mut self.wait {
+            Wait::Uring(ring) => ring.wait(timeout),
+            Wait::Epoll(epoll) => epoll.wait(timeout),
+        }
+    }
+}
+
+#[inline]
+fn complete(
+    ops: &mut Slab<OpSlot>,
+    in_flight: &mut usize,
+    token: u64,
+    result: i32,
+    to: &mut Vec<Event>,
+) {
+    *in_flight -= 1;
+    let payload = token & TOKEN_BITS;
+    if kind_of(token) == Kind::Fast {
+        to.push(Event::Done(payload, result));
+        return;
+    }
+    let slot = usize::try_from(payload).ok().and_then(|key| ops.get_mut(key));
+    let Some(slot) = slot else { unreachable!("an operation's slot outlives it") };
+    if let OpSlot::Waiting(waker) = std::mem::replace(slot, OpSlot::Finished(result))
+        && let Some(waker) = waker
+    {
+        waker.wake();
+    }
+}
+
+fn ready<'a>(watches: &'a Slab<Watch>, token: u64, to: &mut Vec<Event>) -> Option<&'a Watch> {
+    let key = usize::try_from(token & 0xf_ffff).ok()?;
+    let watch = watches.get(key).filter(|w| w.token == token)?;
+    if watch.payload != INTERNAL {
+        to.push(Event::Ready(watch.payload));
+    }
+    Some(watch)
+}

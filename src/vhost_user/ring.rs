@@ -1,0 +1,96 @@
+//! What the session knows of one ring: what the front end has said of it so far, and whether the device runs it.
+//!
+//! "Vhost-user Protocol: Ring states" has two independent states. *Enabled* is [`Ring::enabled`]. *Started* is that
+//! [`Ring::kick`] is there: a ring is started by SET_VRING_KICK (not by the first notification, which may have been
+//! sent before; the device looks at the ring at once), and stopped by GET_VRING_BASE, which takes the kick away. The device
+//! runs the ring exactly while it is started and enabled and everything it needs is known.
+#![forbid(unsafe_code)]
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use super::QueueSetup;
+use super::message::VringAddr;
+use crate::err;
+use crate::error::Result;
+use crate::mem::GuestMap;
+
+/// How the driver notifies of new requests.
+pub(super) enum Kick {
+    /// By this event.
+    Event(OwnedFd),
+    /// Not at all: we poll.
+    Poll,
+}
+
+/// One ring. All of it survives a stop, except the kick.
+#[derive(Default)]
+pub(super) struct Ring {
+    /// Entries; 0 if the front end has not said yet.
+    pub size: u16,
+    pub addr: Option<VringAddr>,
+    /// The next available index, while it does not run.
+    pub base: u16,
+    pub kick: Option<Kick>,
+    pub call: Option<OwnedFd>,
+    pub err: Option<OwnedFd>,
+    pub enabled: bool,
+    /// The device runs it.
+    pub running: bool,
+}
+
+impl Ring {
+    /// Whether the front end has said everything that is needed and wants it to run.
+    pub(super) fn is_wanted(&self) -> bool {
+        self.enabled && self.size != 0 && self.addr.is_some() && self.kick.is_some()
+    }
+
+    /// Whether the whole ring lies in `map`, properly aligned (virtio 1.2, 2.7 "Split Virtqueues"). Its last fields
+    /// are there with EVENT_IDX only.
+    pub(super) fn is_mapped(&self, map: &GuestMap, features: u64) -> bool {
+        let Some(addr) = self.addr else { return false };
+        let n = u64::from(self.size);
+        let rest = if features & 1 << VIRTIO_RING_F_EVENT_IDX == 0 { 4 } else { 6 };
+        let parts =
+            [(addr.desc, 16 * n, 16), (addr.avail, rest + 2 * n, 2), (addr.used, rest + 8 * n, 4)];
+        parts.iter().all(|(at, len, align)| map.translate_user(*at, *len, *align).is_some())
+    }
+
+    /// What the device needs to run it. Descriptors are duplicated: the ring may be started again.
+    ///
+    /// # Errors
+    /// If a part is missing, or there is no room for more descriptors.
+    pub(super) fn setup(&self, map: &Arc<GuestMap>, features: u64) -> Result<QueueSetup> {
+        let (Some(addr), Some(kick)) = (self.addr, &self.kick) else {
+            return Err(err!("addresses or kick are missing"));
+        };
+        let kick = match kick {
+            Kick::Event(fd) => Some(duplicate(fd)?),
+            Kick::Poll => None,
+        };
+        Ok(QueueSetup {
+            map: Arc::clone(map),
+            size: self.size,
+            desc: addr.desc,
+            avail: addr.avail,
+            used: addr.used,
+            base: self.base,
+            features,
+            kick,
+            call: self.call.as_ref().map(duplicate).transpose()?,
+            err: self.err.as_ref().map(duplicate).transpose()?,
+        })
+    }
+
+    /// Forgets everything but the descriptors for calls and errors: QEMU gives the latter once per connection, before
+    /// it resets the device for the first time. Must not run.
+    pub(super) fn reset(&mut self) {
+        *self = Ring { call: self.call.take(), err: self.err.take(), ..Ring::default() };
+    }
+}
+
+pub(super) fn duplicate(fd: &OwnedFd) -> Result<OwnedFd> {
+    fd.try_clone().map_err(|e| err!("cannot duplicate a file descriptor: {e}"))
+}

@@ -1,0 +1,480 @@
+//! One connection: what a front end asks, in whatever order, done to the device.
+//!
+//! Every request is handled to its end before the next is read, and its answer goes out after its effect: what
+//! GET_VRING_BASE, SET_VRING_ENABLE 0, a reset or REM_MEM_REG promise about the guest's memory holds when the front
+//! end reads the answer. Sections named are those of the "Vhost-user Protocol" document.
+//!
+//! INFLIGHT_SHMFD, LOG_SHMFD, DEVICE_STATE and GET_VRING_BASE_INFLIGHT have their place in [`OFFERED`] and in
+//! [`Session::handle`]; SET_FEATURES says where LOG_ALL belongs.
+#![forbid(unsafe_code)]
+
+use std::ops::Range;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use super::message::*;
+use super::notify::ConfigChange;
+use super::ring::{Kick, Ring, duplicate};
+use super::socket::{Channel, End};
+use super::{Device, memory};
+use crate::err;
+use crate::error::Result;
+use crate::mem::GuestMap;
+use crate::mem::map::MAX_REGIONS;
+
+/// The protocol features offered. QEMU acknowledges every one that it knows, without asking whether it can serve it:
+/// INBAND_NOTIFICATIONS must never stand here. To come: LOG_SHMFD, INFLIGHT_SHMFD, DEVICE_STATE, and bit 20.
+pub(super) const OFFERED: Protocol = Protocol::MQ
+    .union(Protocol::REPLY_ACK)
+    .union(Protocol::BACKEND_REQ)
+    .union(Protocol::CONFIG)
+    .union(Protocol::RESET_DEVICE)
+    .union(Protocol::CONFIGURE_MEM_SLOTS)
+    .union(Protocol::STATUS);
+
+/// Warnings of one connection that are logged as such: a front end must not be able to fill a disk with our log.
+const MAX_WARNINGS: u32 = 64;
+
+/// What a handled request has to say.
+enum Answer {
+    /// Nothing, unless it is asked whether it worked.
+    Done,
+    U64(u64),
+    State(VringState),
+    Config(Vec<u8>),
+}
+
+/// The state of one connection.
+pub(super) struct Session<'a> {
+    device: &'a dyn Device,
+    name: &'a str,
+    config_change: &'a ConfigChange,
+    rings: Vec<Ring>,
+    map: Arc<GuestMap>,
+    /// What the driver accepted, with PROTOCOL_FEATURES; `None` before it did.
+    features: Option<u64>,
+    protocol: Protocol,
+    status: u8,
+    warnings: u32,
+}
+
+impl<'a> Session<'a> {
+    /// A session that nothing has been said in. `name` is the export's, for the log.
+    pub(super) fn new(
+        device: &'a dyn Device,
+        name: &'a str,
+        config_change: &'a ConfigChange,
+    ) -> Self {
+        let queues = device.num_queues().min(MAX_QUEUES);
+        Session {
+            device,
+            name,
+            config_change,
+            rings: (0..queues).map(|_| Ring::default()).collect(),
+            map: Arc::default(),
+            features: None,
+            protocol: Protocol::empty(),
+            status: 0,
+            warnings: 0,
+        }
+    }
+
+    /// Serves the front end until the connection ends; afterwards no ring runs and the device has forgotten it.
+    pub(super) fn serve(mut self, channel: &mut Channel<'_>) -> End {
+        let end = self.converse(channel);
+        self.halt_all();
+        self.config_change.detach();
+        self.map = Arc::default();
+        self.device.disconnected();
+        end
+    }
+
+    fn converse(&mut self, channel: &mut Channel<'_>) -> End {
+        loop {
+            let mut message = match channel.receive() {
+                Ok(message) => message,
+                Err(end) => return end,
+            };
+            log::trace!("{}: {} {:?}", self.name, message.header.name(), message.header);
+            if let Some(reply) = self.reply_to(&mut message)
+                && let Err(end) = channel.send(&reply)
+            {
+                return end;
+            }
+            // After the reply: QEMU hears nothing else while it waits for one.
+            self.config_change.set_running(self.rings.iter().any(|r| r.running));
+        }
+    }
+
+    /// Handles one message; answers the bytes of the reply, if there is to be one ("Communication", "REPLY_ACK").
+    fn reply_to(&mut self, message: &mut Message) -> Option<Vec<u8>> {
+        let header = message.header;
+        if header.flags & REPLY != 0 {
+            self.warn(&format!("{}: a reply to a question that was not asked", header.name()));
+            return None;
+        }
+        let outcome = self.handle(message);
+        if let Err(e) = &outcome {
+            self.warn(&format!("{} ({}): {e}", header.name(), header.request));
+        }
+        // SET_PROTOCOL_FEATURES itself may have just negotiated it.
+        let wants_ack =
+            header.flags & NEED_REPLY != 0 && self.protocol.contains(Protocol::REPLY_ACK);
+        let payload = match outcome {
+            Ok(Answer::U64(v)) => v.to_ne_bytes().to_vec(),
+            Ok(Answer::State(s)) => s.to_bytes(),
+            Ok(Answer::Config(bytes)) => bytes,
+            // Requests that always have a reply have no way to fail but a reply without payload.
+            Err(_) if matches!(header.request, GET_CONFIG | GET_VRING_BASE) => Vec::new(),
+            Ok(Answer::Done) if wants_ack => 0u64.to_ne_bytes().to_vec(),
+            Err(_) if wants_ack => 1u64.to_ne_bytes().to_vec(),
+            Ok(Answer::Done) | Err(_) => return None,
+        };
+        Some(encode(header.request, REPLY, &payload))
+    }
+
+    fn warn(&mut self, what: &str) {
+        self.warnings = self.warnings.saturating_add(1);
+        match self.warnings {
+            ..MAX_WARNINGS => log::warn!("{}: {what}", self.name),
+            MAX_WARNINGS => log::warn!("{}: {what} (no more such warnings)", self.name),
+            _ => log::debug!("{}: {what}", self.name),
+        }
+    }
+
+    fn handle(&mut self, m: &mut Message) -> Result<Answer> {
+        match m.header.request {
+            GET_FEATURES => return Ok(Answer::U64(self.offered_features())),
+            GET_PROTOCOL_FEATURES => return Ok(Answer::U64(OFFERED.bits())),
+            GET_QUEUE_NUM => return Ok(Answer::U64(self.rings.len() as u64)),
+            GET_MAX_MEM_SLOTS => return Ok(Answer::U64(MAX_REGIONS as u64)),
+            GET_STATUS => return Ok(Answer::U64(u64::from(self.status))),
+            GET_CONFIG => return self.get_config(m),
+            GET_VRING_BASE => return self.get_base(m.vring_state()?),
+
+            // Every front end owns its connection; StratoVirt says so at each activation.
+            SET_OWNER => {}
+            RESET_OWNER => self.disable_all(),
+            RESET_DEVICE => self.reset(),
+            SET_STATUS => self.set_status(m.u64()?)?,
+            SET_FEATURES => self.set_features(m.u64()?)?,
+            SET_PROTOCOL_FEATURES => self.set_protocol_features(m.u64()?)?,
+            SET_CONFIG => self.set_config(m)?,
+            SET_BACKEND_REQ_FD => self.config_change.attach(UnixStream::from(m.take_fd()?)),
+
+            SET_MEM_TABLE => {
+                let map = memory::replaced(&m.regions()?, m.take_fds()?)?;
+                self.switch_memory(map, true);
+            }
+            ADD_MEM_REG => {
+                let map = memory::with(&self.map, &m.region()?, m.take_fd()?)?;
+                self.switch_memory(map, false);
+            }
+            // A descriptor may come with it, and is closed.
+            REM_MEM_REG => self.switch_memory(memory::without(&self.map, &m.region()?)?, true),
+
+            SET_VRING_NUM => self.set_size(m.vring_state()?)?,
+            SET_VRING_ADDR => {
+                let (index, addr) = m.vring_addr()?;
+                self.set_addr(index, addr)?;
+            }
+            SET_VRING_BASE => self.set_base(m.vring_state()?)?,
+            SET_VRING_ENABLE => self.enable(m.vring_state()?)?,
+            SET_VRING_KICK => self.set_kick(m)?,
+            SET_VRING_CALL => self.set_call(m)?,
+            SET_VRING_ERR => self.set_err(m)?,
+
+            // To come here: GET_INFLIGHT_FD, SET_INFLIGHT_FD, SET_LOG_BASE, SET_LOG_FD, SET_DEVICE_STATE_FD,
+            // CHECK_DEVICE_STATE.
+            _ => return Err(err!("not supported")),
+        }
+        Ok(Answer::Done)
+    }
+
+    fn ring(&self, index: u32) -> Result<usize> {
+        match usize::try_from(index) {
+            Ok(i) if i < self.rings.len() => Ok(i),
+            _ => Err(err!("queue {index}: there are only {} queues", self.rings.len())),
+        }
+    }
+
+    fn all(&self) -> Range<usize> {
+        0..self.rings.len()
+    }
+}
+
+/// Features, status and configuration space.
+impl Session<'_> {
+    fn offered_features(&self) -> u64 {
+        self.device.features() | VHOST_USER_F_PROTOCOL_FEATURES
+    }
+
+    /// SET_FEATURES. Repeated with the same bits, it does nothing. With others (LOG_ALL, when it is offered, will be
+    /// switched without this), running rings are drained and go on with the new ones.
+    fn set_features(&mut self, acked: u64) -> Result<()> {
+        let foreign = acked & !self.offered_features();
+        if foreign != 0 {
+            return Err(err!("features {foreign:#x} were not offered"));
+        }
+        if self.features != Some(acked) {
+            log::info!(
+                "{}: features negotiated: {acked:#x}, protocol {:#x}",
+                self.name,
+                self.protocol.bits()
+            );
+            let ran: Vec<usize> = self.all().filter(|i| self.rings[*i].running).collect();
+            ran.iter().for_each(|i| self.halt(*i));
+            self.features = Some(acked);
+            self.device.set_features(acked & !VHOST_USER_F_PROTOCOL_FEATURES);
+        }
+        // "Ring states": a front end that does not negotiate them has no SET_VRING_ENABLE either.
+        if acked & VHOST_USER_F_PROTOCOL_FEATURES == 0 {
+            self.rings.iter_mut().for_each(|r| r.enabled = true);
+        }
+        self.start_wanted();
+        Ok(())
+    }
+
+    fn set_protocol_features(&mut self, bits: u64) -> Result<()> {
+        match Protocol::from_bits(bits).filter(|p| OFFERED.contains(*p)) {
+            Some(protocol) => {
+                self.protocol = protocol;
+                Ok(())
+            }
+            None => Err(err!("protocol features {:#x} were not offered", bits & !OFFERED.bits())),
+        }
+    }
+
+    /// SET_STATUS: kept; 0 resets, as in virtio.
+    fn set_status(&mut self, status: u64) -> Result<()> {
+        self.status = u8::try_from(status).map_err(|_| err!("{status:#x} is not a status"))?;
+        if self.status == 0 {
+            self.reset();
+        }
+        Ok(())
+    }
+
+    /// RESET_DEVICE: "disable all rings and reset all internal device state". The guest's memory and what was
+    /// negotiated for the connection stay (QEMU gives neither again after it).
+    fn reset(&mut self) {
+        self.halt_all();
+        self.rings.iter_mut().for_each(Ring::reset);
+        self.status = 0;
+        if self.features.take().is_some() {
+            self.device.set_features(0);
+        }
+    }
+
+    /// RESET_OWNER: deprecated; "it is recommended that back-ends either ignore this message, or use it to disable all
+    /// rings".
+    fn disable_all(&mut self) {
+        self.halt_all();
+        self.rings.iter_mut().for_each(|r| r.enabled = false);
+    }
+
+    fn get_config(&mut self, m: &Message) -> Result<Answer> {
+        let (range, _) = m.config()?;
+        let mut bytes = range.to_bytes();
+        let mut contents = vec![0; range.resolve()?.len()];
+        self.device.read_config(range.resolve()?.start, &mut contents);
+        bytes.append(&mut contents);
+        self.config_change.seen();
+        Ok(Answer::Config(bytes))
+    }
+
+    /// SET_CONFIG, whatever the flags: cloud-hypervisor sets that of migration when its guest writes.
+    fn set_config(&mut self, m: &Message) -> Result<()> {
+        let (range, contents) = m.config()?;
+        let at = range.resolve()?;
+        let contents =
+            contents.get(..at.len()).ok_or_else(|| err!("the contents are cut short"))?;
+        self.device.write_config(at.start, contents);
+        Ok(())
+    }
+}
+
+/// Memory.
+impl Session<'_> {
+    /// Changes to another map. Rings that it does not hold any more are stopped first; rings that waited for theirs
+    /// start.
+    fn switch_memory(&mut self, map: Arc<GuestMap>, drain: bool) {
+        let features = self.features.unwrap_or(0);
+        for i in self.all() {
+            if self.rings[i].running && !self.rings[i].is_mapped(&map, features) {
+                self.halt(i);
+                self.warn(&format!("queue {i}: its memory is taken away, it stops"));
+            }
+        }
+        if self.rings.iter().any(|r| r.running) {
+            self.device.set_memory(Arc::clone(&map), drain);
+        }
+        self.map = map;
+        // Regions may come one by one: a ring that is not in memory yet is no reason to refuse this one.
+        for i in self.all() {
+            if self.rings[i].is_mapped(&self.map, features) {
+                self.start_or_warn(i);
+            }
+        }
+    }
+}
+
+/// Rings.
+impl Session<'_> {
+    /// Starts ring `i` if it is wanted and does not run.
+    fn start(&mut self, i: usize) -> Result<()> {
+        let ring = &mut self.rings[i];
+        let Some(features) = self.features.map(|f| f & !VHOST_USER_F_PROTOCOL_FEATURES) else {
+            return Ok(());
+        };
+        if ring.running || !ring.is_wanted() || self.map.regions().is_empty() {
+            return Ok(());
+        }
+        if !ring.is_mapped(&self.map, features) {
+            return Err(err!("queue {i}: its addresses are not in guest memory"));
+        }
+        let fail = |e: &dyn std::fmt::Display| err!("queue {i}: cannot start: {e}");
+        let setup = ring.setup(&self.map, features).map_err(|e| fail(&e))?;
+        log::debug!("{}: queue {i} starts at {} of {}", self.name, ring.base, ring.size);
+        self.device.start_queue(queue(i), setup).map_err(|e| fail(&e))?;
+        ring.running = true;
+        Ok(())
+    }
+
+    fn start_or_warn(&mut self, i: usize) {
+        if let Err(e) = self.start(i) {
+            self.warn(e.message());
+        }
+    }
+
+    fn start_wanted(&mut self) {
+        for i in self.all() {
+            self.start_or_warn(i);
+        }
+    }
+
+    /// Stops ring `i` if it runs: no request is in flight afterwards, and the ring knows where to go on.
+    fn halt(&mut self, i: usize) {
+        let ring = &mut self.rings[i];
+        if std::mem::take(&mut ring.running) {
+            match self.device.stop_queue(queue(i)) {
+                Some(base) => ring.base = base,
+                None => self.warn(&format!("queue {i}: it had stopped by itself")),
+            }
+        }
+    }
+
+    fn halt_all(&mut self) {
+        self.all().for_each(|i| self.halt(i));
+    }
+
+    /// What GET_VRING_BASE does, also for a front end that describes a running ring anew without saying so.
+    fn stop(&mut self, i: usize) {
+        self.halt(i);
+        self.rings[i].kick = None;
+    }
+
+    fn get_base(&mut self, state: VringState) -> Result<Answer> {
+        let i = self.ring(state.index)?;
+        self.stop(i);
+        Ok(Answer::State(VringState { index: state.index, num: u32::from(self.rings[i].base) }))
+    }
+
+    fn set_size(&mut self, state: VringState) -> Result<()> {
+        let i = self.ring(state.index)?;
+        let max = self.device.max_queue_size();
+        let size = u16::try_from(state.num).ok().filter(|n| n.is_power_of_two() && *n <= max);
+        let size = size.ok_or_else(|| {
+            err!("queue {i}: {} entries: not a power of two, at most {max}", state.num)
+        })?;
+        if self.rings[i].size != size {
+            self.stop_if_running(i, "another size");
+            self.rings[i].size = size;
+        }
+        Ok(())
+    }
+
+    fn set_base(&mut self, state: VringState) -> Result<()> {
+        let i = self.ring(state.index)?;
+        let base = u16::try_from(state.num)
+            .map_err(|_| err!("queue {i}: {:#x} is not an index", state.num))?;
+        self.stop_if_running(i, "another base");
+        self.rings[i].base = base;
+        Ok(())
+    }
+
+    fn stop_if_running(&mut self, i: usize, why: &str) {
+        if self.rings[i].running {
+            self.warn(&format!("queue {i}: {why} while it runs: it stops until it is kicked"));
+            self.stop(i);
+        }
+    }
+
+    /// SET_VRING_ADDR. On a running ring QEMU sends it with other flags when logging goes on or off; with other
+    /// addresses the ring is drained and goes on there.
+    fn set_addr(&mut self, index: u32, addr: VringAddr) -> Result<()> {
+        let i = self.ring(index)?;
+        let parts = |a: VringAddr| (a.desc, a.avail, a.used);
+        let moves = self.rings[i].addr.map(parts) != Some(parts(addr));
+        let ran = self.rings[i].running;
+        if moves {
+            self.halt(i);
+        }
+        self.rings[i].addr = Some(addr);
+        // A ring that was kicked before may have lacked this alone. If its memory is still to come, that is no error.
+        if ran || self.rings[i].is_mapped(&self.map, self.features.unwrap_or(0)) {
+            self.start(i)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// SET_VRING_ENABLE. cloud-hypervisor pauses a guest with a 0 alone: then the ring is drained before the answer, and
+    /// a 1 goes on where it stopped.
+    fn enable(&mut self, state: VringState) -> Result<()> {
+        let i = self.ring(state.index)?;
+        match state.num {
+            0 => {
+                self.halt(i);
+                self.rings[i].enabled = false;
+                Ok(())
+            }
+            1 => {
+                self.rings[i].enabled = true;
+                self.start(i)
+            }
+            n => Err(err!("queue {i}: {n} is neither 0 nor 1")),
+        }
+    }
+
+    fn set_kick(&mut self, m: &mut Message) -> Result<()> {
+        let (index, fd) = m.vring_fd()?;
+        let i = self.ring(index)?;
+        self.halt(i);
+        self.rings[i].kick = Some(fd.map_or(Kick::Poll, Kick::Event));
+        self.start(i)
+    }
+
+    fn set_call(&mut self, m: &mut Message) -> Result<()> {
+        let (index, fd) = m.vring_fd()?;
+        let i = self.ring(index)?;
+        if self.rings[i].running {
+            self.device.set_call(queue(i), fd.as_ref().map(duplicate).transpose()?);
+        }
+        self.rings[i].call = fd;
+        Ok(())
+    }
+
+    fn set_err(&mut self, m: &mut Message) -> Result<()> {
+        let (index, fd) = m.vring_fd()?;
+        let i = self.ring(index)?;
+        if self.rings[i].running {
+            self.device.set_err(queue(i), fd.as_ref().map(duplicate).transpose()?);
+        }
+        self.rings[i].err = fd;
+        Ok(())
+    }
+}
+
+fn queue(i: usize) -> u16 {
+    u16::try_from(i).expect("at most MAX_QUEUES")
+}
