@@ -134,7 +134,6 @@ pub(super) fn wrong_type(name: &str, expected: &str) -> crate::error::Error {
     err!("Invalid parameter type for '{name}', expected: {expected}")
 }
 
-#[expect(clippy::len_without_is_empty, reason = "a length in bytes, not a collection")]
 /// The driver of one open node. Called from several threads at once.
 #[expect(clippy::len_without_is_empty, reason = "a length, not a container")]
 pub trait Driver: Send + Sync {

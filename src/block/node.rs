@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::graph::{NodeId, Place};
+use super::io::IoState;
 use super::links::Link;
-use super::{Driver, DriverDef, Map};
+use super::{Driver, DriverDef};
 
 /// The unit of a disk's length: drivers may have odd lengths, guests see whole sectors.
 pub const SECTOR: u64 = 512;
@@ -99,6 +100,7 @@ pub struct Node {
     /// Dropped first: the driver's edges give up their permissions while the node still has its place.
     driver: Box<dyn Driver>,
     place: Place,
+    io: IoState,
 }
 
 impl Node {
@@ -109,7 +111,7 @@ impl Node {
         driver: Box<dyn Driver>,
     ) -> Node {
         let read_only = AtomicBool::new(in_force.read_only);
-        Node { def, in_force, read_only, driver, place }
+        Node { def, in_force, read_only, driver, place, io: IoState::default() }
     }
 
     /// Its node-name.
@@ -143,6 +145,21 @@ impl Node {
         self.read_only.load(Ordering::Relaxed)
     }
 
+    /// `detect-zeroes=`.
+    pub fn detect_zeroes(&self) -> DetectZeroes {
+        self.in_force.detect_zeroes
+    }
+
+    /// `cache.no-flush=on`.
+    pub fn ignores_flushes(&self) -> bool {
+        self.in_force.cache_no_flush
+    }
+
+    /// What the generic layer keeps for requests.
+    pub(super) fn io(&self) -> &IoState {
+        &self.io
+    }
+
     /// Its length in bytes, rounded up to whole sectors.
     pub fn len(&self) -> u64 {
         self.driver.len().next_multiple_of(SECTOR)
@@ -153,6 +170,3 @@ impl Node {
         self.len() == 0
     }
 }
-
-/// The leaf that [`Node::locate`] found.
-pub type Leaf<'a> = Map<'a>;

@@ -200,8 +200,8 @@ mod tests {
         let want = "top (raw), 1.50 MiB (1572864 bytes)\n\
                     │   cache.direct=on, discard=ignore\n\
                     └── file [filtered]: leaf (null-co), 1.50 MiB (1572864 bytes)\n\
-                    \x20        cache.direct=on, discard=unmap\n\
-                    \x20        size=1572864, latency-ns=0\n";
+                    \x20       cache.direct=on, discard=unmap\n\
+                    \x20       size=1572864, latency-ns=0\n";
         assert_eq!(text, want);
     }
 
