@@ -1,10 +1,13 @@
 //! What a driver is: its entry in the table, its options, how it opens, and what it does with requests.
 #![forbid(unsafe_code)]
 
-use super::graph::Graph;
+use serde_json::Value;
+
+use super::graph::{Graph, NodeId};
 use super::node::{Edge, InForce, Role};
-use super::perm::Perms;
+use super::perm::{ChildPermFn, Perms};
 use super::{Dir, IoFuture, Limits, Map, Op};
+use crate::err;
 use crate::error::Result;
 use crate::qapi::{OptionSpec, Options};
 
@@ -27,8 +30,10 @@ pub struct DriverDef {
     pub kind: DriverKind,
     /// Its own options, in the order of QEMU's schema, without those of the generic layer.
     pub options: &'static [OptionSpec],
-    /// Opens a node of this driver.
+    /// Opens a node of this driver. A failure needs no cleaning up: what was opened goes when it is dropped.
     pub open: fn(&mut OpenArgs<'_>) -> Result<Box<dyn Driver>>,
+    /// What a node of this driver asks of its children; usually [`super::perm::default_child_perms`].
+    pub child_perms: ChildPermFn,
 }
 
 /// What a driver gets to open itself: its options (it takes out what it understands; what is left is an error), the
@@ -44,20 +49,101 @@ pub struct OpenArgs<'a> {
     pub node_name: &'a str,
     /// Depth of this node below the one that the user defined, against unbounded recursion.
     pub depth: usize,
+    /// The driver's entry in the table.
+    pub(super) def: &'static DriverDef,
+    /// The node's place in the graph, reserved before it is open.
+    pub(super) id: NodeId,
+    /// The options that inline children inherit: those in force before the driver had its say.
+    pub(super) inherit: InForce,
 }
 
-/// What a node asks of a child and leaves to others, given what its own users ask and leave.
-pub type ChildPerm = Perms;
+impl OpenArgs<'_> {
+    /// Opens the child that option `name` defines, and attaches it with the permissions that the driver asks for a
+    /// child in `role`: from here on the driver may read it (and write it, if the node is open for writing).
+    ///
+    /// # Errors
+    /// The option is missing; whatever opening the child or getting the permissions fails with.
+    pub fn open_child(&mut self, name: &'static str, role: Role) -> Result<Edge> {
+        self.open_child_if_given(name, role)?
+            .ok_or_else(|| err!("A block device must be specified for \"{name}\""))
+    }
 
-#[expect(clippy::len_without_is_empty, reason = "a length in bytes, not a collection")]
+    /// As [`OpenArgs::open_child`], for a child that may be left out (absent, or JSON `null`).
+    ///
+    /// # Errors
+    /// Whatever opening the child or getting the permissions fails with.
+    pub fn open_child_if_given(&mut self, name: &'static str, role: Role) -> Result<Option<Edge>> {
+        match self.options.shift_remove(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(reference) => self.graph.open_child(self, name, role, reference).map(Some),
+        }
+    }
+
+    /// Takes out a text option.
+    ///
+    /// # Errors
+    /// The value is of another type.
+    pub fn take_str(&mut self, name: &str) -> Result<Option<String>> {
+        take_str(&mut self.options, name)
+    }
+
+    /// Takes out a boolean option.
+    ///
+    /// # Errors
+    /// The value is of another type.
+    pub fn take_bool(&mut self, name: &str) -> Result<Option<bool>> {
+        take_bool(&mut self.options, name)
+    }
+
+    /// Takes out an option that must not be negative: a size, an offset, a time.
+    ///
+    /// # Errors
+    /// The value is of another type, or negative (in the words of QEMU's size options).
+    pub fn take_size(&mut self, name: &str) -> Result<Option<u64>> {
+        match self.options.shift_remove(name) {
+            None => Ok(None),
+            Some(Value::Number(n)) => match n.as_u64() {
+                Some(value) => Ok(Some(value)),
+                None => Err(err!("Value '{n}' is out of range for parameter '{name}'")),
+            },
+            Some(_) => Err(wrong_type(name, "integer")),
+        }
+    }
+}
+
+/// Takes a text option out of `options`.
+pub(super) fn take_str(options: &mut Options, name: &str) -> Result<Option<String>> {
+    match options.shift_remove(name) {
+        None => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text)),
+        Some(_) => Err(wrong_type(name, "string")),
+    }
+}
+
+/// Takes a boolean option out of `options`.
+pub(super) fn take_bool(options: &mut Options, name: &str) -> Result<Option<bool>> {
+    match options.shift_remove(name) {
+        None => Ok(None),
+        Some(Value::Bool(value)) => Ok(Some(value)),
+        Some(_) => Err(wrong_type(name, "boolean")),
+    }
+}
+
+/// QEMU's error for a value of another JSON type.
+pub(super) fn wrong_type(name: &str, expected: &str) -> crate::error::Error {
+    err!("Invalid parameter type for '{name}', expected: {expected}")
+}
+
 /// The driver of one open node. Called from several threads at once.
+#[expect(clippy::len_without_is_empty, reason = "a length, not a container")]
 pub trait Driver: Send + Sync {
     /// The children, with their roles.
     fn edges(&self) -> &[Edge] {
         &[]
     }
 
-    /// The length of the node in bytes, now.
+    /// The length of the node in bytes, now. [`super::Node::len`] rounds it up to whole sectors; a driver serves
+    /// requests in the rounded tail too (reads as zeroes).
     fn len(&self) -> u64;
 
     /// What the node can take in one request.
@@ -70,18 +156,12 @@ pub trait Driver: Send + Sync {
         Map::Slow
     }
 
-    /// Slow lane: any operation.
+    /// Slow lane: any operation. `ENOTSUP` for a discard means "ignored", for write-zeroes "write zero bytes": the
+    /// generic layer does so.
     fn submit<'a>(&'a self, op: Op<'a>) -> IoFuture<'a>;
 
-    /// What this node asks of the child behind `edge`, given what its own users ask (`perms`), and whether the node
-    /// is open read-only.
-    fn child_perms(&self, edge: &Edge, perms: Perms, read_only: bool) -> Perms {
-        let _ = edge;
-        perms.for_format_child(edge.role == Role::File, read_only)
-    }
-
-    /// Prepares for a new set of permissions of the node's users: takes image locks, reopens a file for writing. On
-    /// an error nothing has changed.
+    /// Prepares for a new set of permissions of the node's users: takes image locks, opens a file for writing. On an
+    /// error nothing has changed. Permissions that only loosen do not fail.
     ///
     /// # Errors
     /// In QEMU's words.

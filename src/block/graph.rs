@@ -1,5 +1,282 @@
-//! The graph of nodes: opening by options, references, permissions.
+//! The graph of nodes: definition, look-up, references, users from outside, closing.
+//!
+//! The graph changes on the control thread only; requests never look at it. Its one lock guards the table of nodes
+//! and is held while permissions change, so that two changes never mix. **Rule**: nothing that may drop a [`Node`]
+//! happens under the lock, because a node that goes away gives up its place and its links, which takes the lock.
 #![forbid(unsafe_code)]
 
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::driver::DriverDef;
+use super::links::{Link, LinkId, Slot, Slots, User, refresh};
+use super::node::{Node, Role};
+use super::perm::{Perm, Perms};
+use super::{drivers, open};
+use crate::err;
+use crate::error::Result;
+use crate::qapi::Options;
+
+/// The most nodes on a way from a root to a leaf. Backing chains of some 200 images exist; recursion (opening,
+/// closing, permissions) stays far below a thread's stack at this depth.
+pub const MAX_DEPTH: usize = 256;
+
+/// The longest node-name in bytes (QEMU's `char node_name[32]`).
+const MAX_NAME: usize = 31;
+
+/// A node's place in the table; grows with every node defined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct NodeId(u64);
+
 /// All nodes of the process.
-pub struct Graph {}
+pub struct Graph {
+    me: Weak<Graph>,
+    drivers: &'static [&'static DriverDef],
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    slots: Slots,
+    /// The nodes that the user defined: they live until [`Graph::close`].
+    owned: Vec<Arc<Node>>,
+    nodes_ever: u64,
+    links_ever: LinkId,
+    names_ever: u64,
+}
+
+/// A node's entry in the table, from before it is open until it is gone.
+pub(super) struct Place {
+    graph: Weak<Graph>,
+    id: NodeId,
+    name: String,
+}
+
+impl Place {
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn id(&self) -> NodeId {
+        self.id
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(graph) = self.graph.upgrade() {
+            graph.lock().slots.remove(&self.id);
+        }
+    }
+}
+
+/// A user of a node from outside the graph: an export, a job. Gives up its permissions when it is dropped or handed
+/// to [`Graph::detach`].
+pub struct RootUser {
+    /// Declared before the node: permissions go first.
+    _link: Link,
+    node: Arc<Node>,
+}
+
+impl RootUser {
+    /// The node in use.
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+}
+
+impl Graph {
+    /// An empty graph that knows all drivers.
+    pub fn new() -> Arc<Graph> {
+        Graph::with_drivers(drivers::TABLE)
+    }
+
+    /// An empty graph that knows `drivers` only (tests bring their own).
+    pub fn with_drivers(drivers: &'static [&'static DriverDef]) -> Arc<Graph> {
+        Arc::new_cyclic(|me| Graph { me: me.clone(), drivers, state: Mutex::default() })
+    }
+
+    /// Defines a node and, inline, its children: what `--blockdev` does. The node lives until [`Graph::close`].
+    ///
+    /// # Errors
+    /// In QEMU's words; nothing of the node is left behind.
+    pub fn add(&self, options: Options) -> Result<Arc<Node>> {
+        if !options.contains_key("node-name") {
+            return Err(err!("'node-name' must be specified for the root node"));
+        }
+        let node = open::open(self, options, None, 0)?;
+        self.lock().owned.push(node.clone());
+        Ok(node)
+    }
+
+    /// The open node of this name.
+    pub fn find(&self, name: &str) -> Option<Arc<Node>> {
+        let state = self.lock();
+        state.slots.values().find(|slot| slot.name == name).and_then(|slot| slot.node.upgrade())
+    }
+
+    /// All open nodes, in the order of their definition (a parent before its inline children).
+    pub fn nodes(&self) -> Vec<Arc<Node>> {
+        self.lock().slots.values().filter_map(|slot| slot.node.upgrade()).collect()
+    }
+
+    /// The open nodes that are no other node's child.
+    pub fn roots(&self) -> Vec<Arc<Node>> {
+        let state = self.lock();
+        let roots = state.slots.values().filter(|s| s.users.iter().all(|u| u.role.is_none()));
+        roots.filter_map(|slot| slot.node.upgrade()).collect()
+    }
+
+    /// Makes `who` (in QEMU's words: `an unnamed block device`) a user of `node`. If it wants to write, this is where
+    /// a file with `auto-read-only=on` is opened for writing, and where image locks are taken.
+    ///
+    /// # Errors
+    /// The permissions are refused: a conflict, a read-only node, a lock held by another process, a file that cannot
+    /// be opened for writing. Nothing has changed then.
+    pub fn attach_root(&self, node: &Arc<Node>, who: &str, perms: Perms) -> Result<RootUser> {
+        let who = who.to_owned();
+        let user = User { link: 0, who, as_child: "root", role: None, perms };
+        Ok(RootUser { _link: self.link(None, node, user)?, node: node.clone() })
+    }
+
+    /// Ends the use.
+    pub fn detach(&self, user: RootUser) {
+        drop(user);
+    }
+
+    /// Forgets the nodes that the user defined, the last first. A node goes when its last user is gone; flushing is
+    /// the caller's business, before.
+    pub fn close(&self) {
+        let mut owned = std::mem::take(&mut self.lock().owned);
+        while let Some(node) = owned.pop() {
+            drop(node);
+        }
+    }
+
+    /// The driver called `name`.
+    pub(super) fn driver(&self, name: &str) -> Option<&'static DriverDef> {
+        self.drivers.iter().copied().find(|def| def.name == name)
+    }
+
+    /// Reserves a place for a node that is about to be opened: under `name`, or under a generated one.
+    pub(super) fn reserve(&self, name: Option<String>) -> Result<Place> {
+        let mut state = self.lock();
+        let name = match name {
+            Some(name) => check_name(&state.slots, name)?,
+            None => generate_name(&mut state),
+        };
+        state.nodes_ever += 1;
+        let id = NodeId(state.nodes_ever);
+        state.slots.insert(id, Slot::new(name.clone()));
+        Ok(Place { graph: self.me.clone(), id, name })
+    }
+
+    /// The node is open: it can be found from now on.
+    pub(super) fn publish(&self, node: &Arc<Node>) {
+        if let Some(slot) = self.lock().slots.get_mut(&node.id()) {
+            slot.node = Arc::downgrade(node);
+        }
+    }
+
+    /// Makes `child` a child of the node at `parent`, which is being opened, with `perms`.
+    pub(super) fn link_child(
+        &self,
+        parent: NodeId,
+        child: &Arc<Node>,
+        (as_child, role): (&'static str, Role),
+        mut perms: Perms,
+    ) -> Result<Link> {
+        if child.in_force().force_share {
+            perms.shared = Perm::all();
+        }
+        let who = match self.lock().slots.get(&parent) {
+            Some(slot) => format!("node '{}'", slot.name),
+            None => String::new(),
+        };
+        self.link(Some(parent), child, User { link: 0, who, as_child, role: Some(role), perms })
+    }
+
+    fn link(&self, parent: Option<NodeId>, child: &Arc<Node>, mut user: User) -> Result<Link> {
+        let mut keep = Vec::new();
+        let mut state = self.lock();
+        state.links_ever += 1;
+        let (child, id) = (child.id(), state.links_ever);
+        user.link = id;
+        let height = state.slots.get(&child).map_or(0, |s| s.height) + 1;
+        if parent.is_some() && height > MAX_DEPTH {
+            return Err(too_deep());
+        }
+        if let Some(slot) = state.slots.get_mut(&child) {
+            slot.users.insert(0, user);
+        }
+        let result = refresh(&mut state.slots, child, &mut keep);
+        match (&result, parent.and_then(|p| state.slots.get_mut(&p))) {
+            (Ok(()), Some(slot)) => {
+                slot.children.push((child, id));
+                slot.height = slot.height.max(height);
+            }
+            (Err(_), _) => forget_user(&mut state.slots, child, id),
+            _ => {}
+        }
+        drop(state);
+        result.map(|()| Link { graph: self.me.clone(), child, id })
+    }
+
+    /// Ends one use of a node.
+    pub(super) fn unlink(&self, child: NodeId, id: LinkId) {
+        let mut keep = Vec::new();
+        let mut state = self.lock();
+        forget_user(&mut state.slots, child, id);
+        for slot in state.slots.values_mut() {
+            slot.children.retain(|(_, link)| *link != id);
+        }
+        let result = refresh(&mut state.slots, child, &mut keep);
+        drop(state);
+        if let Err(e) = result {
+            // Only loosens: drivers do not refuse that.
+            log::warn!("permissions could not be given up: {e}");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn forget_user(slots: &mut Slots, child: NodeId, id: LinkId) {
+    if let Some(slot) = slots.get_mut(&child) {
+        slot.users.retain(|u| u.link != id);
+    }
+}
+
+pub(super) fn too_deep() -> crate::error::Error {
+    err!("The block graph is more than {MAX_DEPTH} nodes deep")
+}
+
+fn check_name(slots: &Slots, name: String) -> Result<String> {
+    let mut bytes = name.bytes();
+    let well_formed = bytes.next().is_some_and(|b| b.is_ascii_alphabetic())
+        && bytes.all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b));
+    if !well_formed {
+        return Err(err!("Invalid node-name: '{name}'"));
+    }
+    if slots.values().any(|slot| slot.name == name) {
+        return Err(err!("Duplicate nodes with node-name='{name}'"));
+    }
+    if name.len() > MAX_NAME {
+        return Err(err!("Node name too long"));
+    }
+    Ok(name)
+}
+
+/// A name that users cannot write: `#block`, a counter, two random digits.
+fn generate_name(state: &mut State) -> String {
+    let count = state.names_ever;
+    state.names_ever += 1;
+    let random = RandomState::new().hash_one(count) % 100;
+    format!("#block{count}{random:02}")
+}
+
+#[cfg(test)]
+#[path = "graph_tests.rs"]
+mod tests;

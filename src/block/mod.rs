@@ -15,20 +15,23 @@
 //! 4. `submit` sees requests already checked: inside the node's size, aligned to its limits, not a write on a
 //!    read-only node. It may be called from several threads at once.
 //! 5. No lock is held across `.await`, unless it is one of [`crate::rt::sync`].
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod driver;
 pub mod drivers;
 pub mod graph;
 pub mod io;
+mod links;
 pub mod node;
+mod open;
 pub mod perm;
+pub mod print;
 
 use std::future::Future;
 use std::pin::Pin;
 
-pub use driver::{ChildPerm, Driver, DriverDef, DriverKind, OpenArgs};
-pub use graph::Graph;
+pub use driver::{Driver, DriverDef, DriverKind, OpenArgs};
+pub use graph::{Graph, RootUser};
 pub use node::{Edge, InForce, Node, Role};
 
 use crate::error::Errno;

@@ -1,9 +1,16 @@
-//! A node: the generic block layer around one driver.
+//! A node: the generic block layer around one driver. What the layer does with requests is in `io.rs`.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{Driver, DriverDef, Map};
+use super::graph::{NodeId, Place};
+use super::io::IoState;
+use super::links::Link;
+use super::{Driver, DriverDef};
+
+/// The unit of a disk's length: drivers may have odd lengths, guests see whole sectors.
+pub const SECTOR: u64 = 512;
 
 /// What a child is to its parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,18 +19,33 @@ pub enum Role {
     File,
     /// What is seen where the parent has nothing (`backing`).
     Backing,
-    /// The one child of a filter (`file`).
+    /// The one child of a filter (`file`), or of a format that shows its bytes unchanged.
     Filtered,
     /// Guest data only (`data-file`).
     Data,
 }
 
-/// An edge of the graph: a child in its role.
+impl Role {
+    /// The word for it in `--print-graph`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::File => "storage",
+            Role::Backing => "backing",
+            Role::Filtered => "filtered",
+            Role::Data => "data",
+        }
+    }
+}
+
+/// An edge of the graph: a child in its role. Made by [`super::OpenArgs::open_child`]; dropping it gives up the
+/// permissions on the child.
 pub struct Edge {
     /// The name of the option that defined it (`file`, `backing`, ...).
     pub name: &'static str,
     /// What the child is to the parent.
     pub role: Role,
+    /// Declared before the child: permissions go first.
+    pub(super) _link: Link,
     /// The child.
     pub node: Arc<Node>,
 }
@@ -40,8 +62,19 @@ pub enum DetectZeroes {
     Unmap,
 }
 
+impl DetectZeroes {
+    /// The word that the user writes.
+    pub fn name(self) -> &'static str {
+        match self {
+            DetectZeroes::Off => "off",
+            DetectZeroes::On => "on",
+            DetectZeroes::Unmap => "unmap",
+        }
+    }
+}
+
 /// The generic options in force at a node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct InForce {
     /// No writes.
     pub read_only: bool,
@@ -61,16 +94,34 @@ pub struct InForce {
 
 /// One node of the block graph: QEMU's BlockDriverState.
 pub struct Node {
-    name: String,
     def: &'static DriverDef,
-    driver: Box<dyn Driver>,
     in_force: InForce,
+    read_only: AtomicBool,
+    /// Dropped first: the driver's edges give up their permissions while the node still has its place.
+    driver: Box<dyn Driver>,
+    place: Place,
+    io: IoState,
 }
 
 impl Node {
+    pub(super) fn new(
+        place: Place,
+        def: &'static DriverDef,
+        in_force: InForce,
+        driver: Box<dyn Driver>,
+    ) -> Node {
+        let read_only = AtomicBool::new(in_force.read_only);
+        Node { def, in_force, read_only, driver, place, io: IoState::default() }
+    }
+
     /// Its node-name.
     pub fn name(&self) -> &str {
-        &self.name
+        self.place.name()
+    }
+
+    /// Its place in the graph.
+    pub(super) fn id(&self) -> NodeId {
+        self.place.id()
     }
 
     /// Its driver's entry in the table.
@@ -83,11 +134,39 @@ impl Node {
         &*self.driver
     }
 
-    /// The generic options in force.
-    pub fn in_force(&self) -> &InForce {
-        &self.in_force
+    /// The generic options in force, now.
+    pub fn in_force(&self) -> InForce {
+        InForce { read_only: self.read_only(), ..self.in_force }
+    }
+
+    /// Whether writes are refused, now. A node with `auto-read-only=on` that can still become writable is not
+    /// read-only: who wants to write must get the permission first, and that opens it for writing.
+    pub fn read_only(&self) -> bool {
+        self.read_only.load(Ordering::Relaxed)
+    }
+
+    /// `detect-zeroes=`.
+    pub fn detect_zeroes(&self) -> DetectZeroes {
+        self.in_force.detect_zeroes
+    }
+
+    /// `cache.no-flush=on`.
+    pub fn ignores_flushes(&self) -> bool {
+        self.in_force.cache_no_flush
+    }
+
+    /// What the generic layer keeps for requests.
+    pub(super) fn io(&self) -> &IoState {
+        &self.io
+    }
+
+    /// Its length in bytes, rounded up to whole sectors.
+    pub fn len(&self) -> u64 {
+        self.driver.len().next_multiple_of(SECTOR)
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 }
-
-/// The leaf that [`Node::locate`] found.
-pub type Leaf<'a> = Map<'a>;

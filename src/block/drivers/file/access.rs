@@ -1,0 +1,210 @@
+//! How an open file follows the permissions of its node: which access mode it is open with, and which image locks it
+//! holds.
+//!
+//! With `auto-read-only=on` a file is open for reading until its node has a writer. The other access mode needs
+//! another open file, which takes the old one's place under the same descriptor number (`dup3`): requests and fast
+//! lanes that know the number notice nothing. Lock held: `state`, on the control thread only.
+#![forbid(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::locks::{self, Bytes};
+use crate::block::drivers::posix;
+use crate::block::perm::{Perm, Perms};
+use crate::err;
+use crate::error::{Errno, Error, Result};
+
+/// How a file is opened.
+#[derive(Clone, Debug)]
+pub(super) struct How {
+    /// As the user wrote it.
+    pub(super) filename: String,
+    /// Never for writing.
+    pub(super) read_only: bool,
+    /// For writing only while there is a writer.
+    pub(super) auto_read_only: bool,
+    /// Past the page cache.
+    pub(super) direct: bool,
+}
+
+impl How {
+    /// Whether the file is to be open for writing when its users do `used`.
+    fn writable(&self, used: Perm) -> bool {
+        !self.read_only && (!self.auto_read_only || used.intersects(Perm::WRITERS))
+    }
+
+    /// Opens the file as for a node without users.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub(super) fn open(&self) -> Result<File> {
+        self.open_path(&self.filename, self.writable(Perm::empty()))
+    }
+
+    /// Opens the file that `fd` is again, in another access mode: the same file even if its name means another by
+    /// now. Without /proc, by name.
+    fn open_again(&self, fd: RawFd, writable: bool) -> Result<File> {
+        match self.options(writable).open(format!("/proc/self/fd/{fd}")) {
+            Ok(file) => self.check(file, writable),
+            Err(e) if e.kind() == ErrorKind::NotFound => self.open_path(&self.filename, writable),
+            Err(e) => Err(self.cannot_open(Errno::from(e))),
+        }
+    }
+
+    fn open_path(&self, path: &str, writable: bool) -> Result<File> {
+        match self.options(writable).open(path) {
+            Ok(file) => self.check(file, writable),
+            Err(e) if self.direct && e.raw_os_error() == Some(libc::EINVAL) => Err(err!(
+                "Could not open '{}': filesystem does not support O_DIRECT",
+                self.filename
+            )),
+            Err(e) => Err(self.cannot_open(Errno::from(e))),
+        }
+    }
+
+    fn options(&self, writable: bool) -> OpenOptions {
+        // O_NONBLOCK: opening a FIFO by mistake must not wait for ever.
+        let mut flags = libc::O_NOCTTY | libc::O_NONBLOCK;
+        if self.direct {
+            flags |= libc::O_DIRECT;
+        }
+        let mut options = File::options();
+        options.read(true).write(writable).custom_flags(flags);
+        options
+    }
+
+    fn check(&self, file: File, writable: bool) -> Result<File> {
+        posix::clear_nonblock(file.as_fd()).map_err(|e| self.cannot_open(e))?;
+        let is_block = file.metadata().is_ok_and(|m| m.file_type().is_block_device());
+        if writable && is_block {
+            let refused = match posix::is_read_only(file.as_fd()) {
+                Ok(read_only) => read_only.then_some(Errno(libc::EACCES)),
+                Err(errno) => Some(errno),
+            };
+            if let Some(errno) = refused {
+                return Err(Error::from_errno("The device is not writable", errno));
+            }
+        }
+        Ok(file)
+    }
+
+    fn cannot_open(&self, errno: Errno) -> Error {
+        Error::from_errno(format_args!("Could not open '{}'", self.filename), errno)
+    }
+}
+
+/// The part of an open file that follows permissions.
+pub(super) struct Access {
+    how: How,
+    /// The descriptor's number: the same for the life of the file.
+    fd: RawFd,
+    locking: bool,
+    state: Mutex<State>,
+}
+
+struct State {
+    writable: bool,
+    held: Bytes,
+    /// What is to take the place of the open file, if the permissions being prepared come into force.
+    next: Option<Next>,
+}
+
+struct Next {
+    fd: OwnedFd,
+    writable: bool,
+    held: Bytes,
+}
+
+impl Access {
+    /// For a file just opened by [`How::open`], whose descriptor is `fd`.
+    pub(super) fn new(how: How, fd: RawFd, locking: bool) -> Access {
+        let writable = how.writable(Perm::empty());
+        let state = Mutex::new(State { writable, held: Bytes::NONE, next: None });
+        Access { how, fd, locking, state }
+    }
+
+    /// Whether image locks are taken.
+    pub(super) fn locking(&self) -> bool {
+        self.locking
+    }
+
+    /// How the file is opened.
+    pub(super) fn how(&self) -> &How {
+        &self.how
+    }
+
+    /// Gets whatever `perms` need beyond what there is; gives up nothing yet.
+    ///
+    /// # Errors
+    /// The file cannot be opened for writing; another process's locks forbid it.
+    pub(super) fn prepare(&self, perms: Perms) -> Result<()> {
+        let mut state = self.lock();
+        let want = Bytes::of(perms);
+        let mut next = self.reopen(&state, perms.used)?;
+        if self.locking && !state.held.covers(want) {
+            let before = state.held;
+            locks::add(self.fd, &mut state.held, want)?;
+            if let Err(e) = locks::check(self.fd, want) {
+                locks::shrink(self.fd, &mut state.held, before);
+                let hint = "Is another process using the image";
+                return Err(e.with_hint(format!("{hint} [{}]?", self.how.filename)));
+            }
+        }
+        if let Some(Next { fd, held, .. }) = next.as_mut().filter(|_| self.locking) {
+            locks::add(fd.as_raw_fd(), held, want)?;
+        }
+        state.next = next;
+        Ok(())
+    }
+
+    /// Opens the file for reading or for writing, if it is not open that way. A file that could be closed for writing
+    /// but cannot be opened for reading stays as it is: loosening never fails.
+    fn reopen(&self, state: &State, used: Perm) -> Result<Option<Next>> {
+        let writable = self.how.writable(used);
+        if writable == state.writable {
+            return Ok(None);
+        }
+        match self.how.open_again(self.fd, writable) {
+            Ok(file) => Ok(Some(Next { fd: file.into(), writable, held: Bytes::NONE })),
+            Err(e) if writable => Err(e),
+            Err(e) => {
+                log::debug!("stays open for writing: {e}");
+                Ok(None)
+            }
+        }
+    }
+
+    /// The permissions of the last [`Access::prepare`] are in force.
+    pub(super) fn commit(&self, perms: Perms) {
+        let mut state = self.lock();
+        match state.next.take() {
+            None if self.locking => locks::shrink(self.fd, &mut state.held, Bytes::of(perms)),
+            None => {}
+            Some(Next { fd, writable, held }) => match posix::replace_fd(&fd, self.fd) {
+                Ok(()) => {
+                    state.writable = writable;
+                    state.held = held;
+                }
+                // Both numbers are open: dup3 has no reason to fail.
+                Err(errno) => log::error!("'{}' was not reopened: {errno}", self.how.filename),
+            },
+        }
+    }
+
+    /// The permissions of the last [`Access::prepare`] will not come into force: `perms` stay.
+    pub(super) fn abort(&self, perms: Perms) {
+        let mut state = self.lock();
+        state.next = None;
+        if self.locking {
+            locks::shrink(self.fd, &mut state.held, Bytes::of(perms));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
