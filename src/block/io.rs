@@ -14,8 +14,8 @@ use super::node::DetectZeroes;
 use super::{Dir, IoFuture, Limits, Map, Node, Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
 use crate::mem::{IoVec, Sg};
-use crate::rt::{Buffer, File};
 use crate::rt::sync::{RangeGuard, RangeLock};
+use crate::rt::{Buffer, File};
 
 /// The largest bounce buffer, and the largest piece in which zeroes are written as data.
 const BOUNCE_MAX: u64 = 1 << 20;
@@ -86,10 +86,14 @@ impl Node {
             return ready(Err(e));
         }
         match op {
-            Op::Read { offset, to } if self.fits(offset, &to) => self.driver().submit(Op::Read { offset, to }),
+            Op::Read { offset, to } if self.fits(offset, &to) => {
+                self.driver().submit(Op::Read { offset, to })
+            }
             Op::Read { offset, to } => Box::pin(self.read_in_pieces(offset, to)),
             Op::Write { offset, from, flags } => self.submit_write(offset, from, flags),
-            Op::WriteZeroes { offset, len, flags } => Box::pin(self.write_zeroes(offset, len, flags)),
+            Op::WriteZeroes { offset, len, flags } => {
+                Box::pin(self.write_zeroes(offset, len, flags))
+            }
             Op::Discard { .. } if !self.in_force().discard_unmap => ready(Ok(())),
             Op::Discard { offset, len } => Box::pin(self.discard(offset, len)),
             Op::Flush if self.ignores_flushes() => ready(Ok(())),
@@ -101,7 +105,9 @@ impl Node {
         let (offset, len, changes) = match op {
             Op::Read { offset, to } => (*offset, to.len() as u64, false),
             Op::Write { offset, from, .. } => (*offset, from.len() as u64, true),
-            Op::WriteZeroes { offset, len, .. } | Op::Discard { offset, len } => (*offset, *len, true),
+            Op::WriteZeroes { offset, len, .. } | Op::Discard { offset, len } => {
+                (*offset, *len, true)
+            }
             Op::Flush => return Ok(()),
         };
         if offset.checked_add(len).is_none_or(|end| end > self.len()) {
@@ -169,7 +175,12 @@ impl Node {
         self.driver().submit(Op::Read { offset: from, to: Sg::new(&iov) }).await
     }
 
-    async fn write_in_pieces(&self, offset: u64, from: Sg<'_>, flags: WriteFlags) -> Result<(), Errno> {
+    async fn write_in_pieces(
+        &self,
+        offset: u64,
+        from: Sg<'_>,
+        flags: WriteFlags,
+    ) -> Result<(), Errno> {
         let _range = self.hold(offset, from.len() as u64).await;
         let mut done = 0;
         while done < from.len() {
@@ -273,7 +284,11 @@ impl Node {
             end => end - end % align,
         };
         let mut at = offset.next_multiple_of(align);
-        let max = if l.max_discard == 0 { u64::MAX } else { (l.max_discard - l.max_discard % align).max(align) };
+        let max = if l.max_discard == 0 {
+            u64::MAX
+        } else {
+            (l.max_discard - l.max_discard % align).max(align)
+        };
         while at < end {
             let n = (end - at).min(max);
             let _range = self.hold(at, n).await;
@@ -305,7 +320,8 @@ impl Bounce {
         let align = u64::from(limits.request_align);
         let start = at - at % align;
         let end = (at + len as u64).next_multiple_of(align);
-        let buffer = Buffer::new(to_usize(end - start), limits.mem_align.max(limits.request_align) as usize);
+        let buffer =
+            Buffer::new(to_usize(end - start), limits.mem_align.max(limits.request_align) as usize);
         Bounce { buffer, start, skip: to_usize(at - start), part: len }
     }
 

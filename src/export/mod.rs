@@ -3,7 +3,6 @@
 //! Queue `i` belongs to worker `i % threads`; a worker's thread is made when the first of its queues starts, so queues that
 //! nobody uses cost nothing. The control side (a session, the main thread) sends commands and waits for answers; it
 //! never touches a running queue itself.
-#![forbid(unsafe_code)]
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,7 +13,10 @@ use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 
+use crate::block::graph::RootUser;
+use crate::block::perm::{Perm, Perms};
 use crate::block::{Graph, Node, Op};
+use crate::err;
 use crate::error::{Errno, Result};
 use crate::mem::GuestMap;
 use crate::rt::{self, Inbox, Mail};
@@ -85,7 +87,10 @@ impl Shared {
         if last.is_none_or(|t| now - t >= FAILURE_REPORT) {
             *last = Some(now);
             let node = self.root.name();
-            log::error!("export '{}': node '{node}': {what} of {len} bytes at {offset}: {e}", self.id);
+            log::error!(
+                "export '{}': node '{node}': {what} of {len} bytes at {offset}: {e}",
+                self.id
+            );
         }
     }
 }
@@ -100,7 +105,7 @@ struct State {
     workers: Vec<Option<Worker>>,
     running: Vec<bool>,
     features: u64,
-    user: Option<crate::block::graph::RootUser>,
+    user: Option<RootUser>,
 }
 
 /// A root node, its device configuration and its workers.
@@ -121,7 +126,13 @@ impl Export {
     /// # Errors
     /// In QEMU's words.
     pub fn new(graph: &Arc<Graph>, node: &Arc<Node>, config: ExportConfig) -> Result<Arc<Export>> {
-        let user = graph.attach_export(node, &config.id, config.writable)?;
+        if config.writable && node.read_only() {
+            return Err(err!("Cannot export read-only node as writable"));
+        }
+        let mut used = Perm::CONSISTENT_READ;
+        used.set(Perm::WRITE, config.writable);
+        let perms = Perms { used, shared: Perm::all() };
+        let user = graph.attach_root(node, "an unnamed block device", perms)?;
         node.expect_ragged_writes(config.logical_block_size);
         let geometry = Geometry {
             read_only: !config.writable,
@@ -161,7 +172,8 @@ impl Export {
         for index in 0..u16::try_from(count).unwrap_or(u16::MAX) {
             self.stop_queue(index);
         }
-        let workers: Vec<Worker> = lock(&self.state).workers.iter_mut().filter_map(Option::take).collect();
+        let workers: Vec<Worker> =
+            lock(&self.state).workers.iter_mut().filter_map(Option::take).collect();
         for worker in workers {
             worker.inbox.post(Mail::Command(Box::new(Command::Quit)));
             if worker.thread.join().is_err() {
@@ -212,7 +224,12 @@ impl Export {
         self.send(&inbox, make, &format!("queue {index}"))
     }
 
-    fn send<T>(&self, to: &Inbox, make: impl FnOnce(SyncSender<T>) -> Command, what: &str) -> Option<T> {
+    fn send<T>(
+        &self,
+        to: &Inbox,
+        make: impl FnOnce(SyncSender<T>) -> Command,
+        what: &str,
+    ) -> Option<T> {
         let (answer, wait): (_, Receiver<T>) = sync_channel(1);
         to.post(Mail::Command(Box::new(make(answer))));
         let start = Instant::now();
@@ -259,7 +276,11 @@ impl Device for Export {
                 // What completed before may be volatile; from now on the driver will not flush.
                 self.flush();
             }
-            log::info!("export '{}': cache is write-{}", self.id(), if writeback { "back" } else { "through" });
+            log::info!(
+                "export '{}': cache is write-{}",
+                self.id(),
+                if writeback { "back" } else { "through" }
+            );
         }
     }
 
@@ -276,7 +297,10 @@ impl Device for Export {
         let ring = Ring::new(setup.map, addrs, setup.size, setup.base, setup.features)?;
         let write_through = setup.features & feature(VIRTIO_BLK_F_FLUSH) == 0;
         if write_through && index == 0 && !self.shared.geometry.read_only {
-            log::info!("export '{}': the driver cannot flush: every write is made stable", self.id());
+            log::info!(
+                "export '{}': the driver cannot flush: every write is made stable",
+                self.id()
+            );
         }
         let fds = [setup.kick, setup.call, setup.err];
         let queue = Box::new(Queue::new(index, Arc::clone(&self.shared), ring, fds, write_through));
@@ -288,7 +312,8 @@ impl Device for Export {
 
     fn stop_queue(&self, index: u16) -> Option<u16> {
         let running = lock(&self.state).running.get(usize::from(index)).copied()?;
-        let next = if running { self.command(index, |answer| Command::Stop(index, answer)) } else { None };
+        let next =
+            if running { self.command(index, |answer| Command::Stop(index, answer)) } else { None };
         lock(&self.state).running[usize::from(index)] = false;
         next
     }

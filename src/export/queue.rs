@@ -1,5 +1,7 @@
 //! One running queue: its ring, its slots, its notifications, and the fast lane.
 
+use std::fs::File;
+use std::io::{ErrorKind, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
@@ -33,8 +35,8 @@ pub struct Queue {
     in_flight: u32,
     state: State,
     kick: Option<OwnedFd>,
-    call: Option<OwnedFd>,
-    err: Option<OwnedFd>,
+    call: Option<File>,
+    err: Option<File>,
     /// The reactor's key for the kick descriptor.
     pub watch: Option<usize>,
     /// The driver does not know FLUSH: every write must be stable (VIRTIO 1.3, 5.2.6.2).
@@ -68,8 +70,8 @@ impl Queue {
             in_flight: 0,
             state: State::Running,
             kick,
-            call,
-            err,
+            call: call.map(File::from),
+            err: err.map(File::from),
             watch: None,
             write_through,
         }
@@ -82,13 +84,13 @@ impl Queue {
 
     /// Replaces the call descriptor; a notification that the old one may have lost is repeated.
     pub fn set_call(&mut self, call: Option<OwnedFd>) {
-        self.call = call;
+        self.call = call.map(File::from);
         self.notify();
     }
 
     /// Replaces the error descriptor.
     pub fn set_err(&mut self, err: Option<OwnedFd>) {
-        self.err = err;
+        self.err = err.map(File::from);
     }
 
     /// Whether nothing of the guest's memory is in use.
@@ -161,7 +163,13 @@ impl Queue {
 
     /// The fast lane. Whether it could be taken.
     #[inline]
-    fn start_transfer(&mut self, reactor: &mut Reactor, head: u16, write: bool, offset: u64) -> bool {
+    fn start_transfer(
+        &mut self,
+        reactor: &mut Reactor,
+        head: u16,
+        write: bool,
+        offset: u64,
+    ) -> bool {
         let slot = &mut self.slots[usize::from(head)];
         let data = slot.data(write);
         let len: u64 = data.iter().map(|v| v.len() as u64).sum();
@@ -173,7 +181,8 @@ impl Queue {
             Map::File { file, offset: at }
                 if data.len() <= IOV_MAX && aligned_for(file, at, len, data) =>
             {
-                let stable = write && (self.write_through || !self.shared.writeback()) && !located.no_flush;
+                let stable =
+                    write && (self.write_through || !self.shared.writeback()) && !located.no_flush;
                 // SAFETY: the root node keeps the file open, the slot keeps the array as long as it is busy, the ring
                 // keeps the guest's memory mapped; a queue is dropped or remapped only when nothing is in flight.
                 let rw = unsafe { Rw::new(file, write, data, at, stable) };
@@ -211,7 +220,9 @@ impl Queue {
         let transfer = self.slots[usize::from(head)].transfer.take();
         match transfer {
             Some((_, _, len)) if result == len => self.finish(head, Status::Ok),
-            Some((write, offset, _)) if result >= 0 || matches!(-result, libc::EAGAIN | libc::EINTR) => {
+            Some((write, offset, _))
+                if result >= 0 || matches!(-result, libc::EAGAIN | libc::EINTR) =>
+            {
                 return Some(self.slow(head, Action::Transfer { write, offset }));
             }
             Some((write, offset, len)) => {
@@ -290,7 +301,9 @@ impl Queue {
     /// If the queue is being stopped and nothing is in flight: who waits, and the next available index.
     pub fn stopped(&self) -> Option<(&SyncSender<u16>, u16)> {
         match &self.state {
-            State::Stopping(answer) if self.in_flight == 0 => Some((answer, self.ring.next_avail())),
+            State::Stopping(answer) if self.in_flight == 0 => {
+                Some((answer, self.ring.next_avail()))
+            }
             _ => None,
         }
     }
@@ -315,11 +328,9 @@ pub fn from_payload(payload: u64) -> (u16, u16) {
 }
 
 /// Adds 1 to an event descriptor of the front end's; a full counter means that it has been told already.
-fn signal(fd: &OwnedFd) {
-    let one = 1u64.to_ne_bytes();
-    // SAFETY: eight bytes are read from `one`.
-    let n = unsafe { libc::write(fd.as_raw_fd(), one.as_ptr().cast(), one.len()) };
-    if n < 0 && Errno::last() != Errno(libc::EAGAIN) {
-        log::debug!("notifying the front end: {}", Errno::last());
+fn signal(mut event: &File) {
+    match event.write(&1u64.to_ne_bytes()) {
+        Err(e) if e.kind() != ErrorKind::WouldBlock => log::debug!("notifying the front end: {e}"),
+        _ => {}
     }
 }

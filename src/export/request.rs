@@ -7,15 +7,17 @@
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
 use crate::block::{Node, Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
 use crate::mem::{GuestMap, IoVec, Sg};
 use crate::virtio::blk::{
-    self, HEADER_LEN, Header, SECTOR, SEGMENT_LEN, SEGMENT_SECTORS_MAX, SEGMENTS_MAX, Segment, Status,
+    self, HEADER_LEN, Header, SECTOR, SEGMENT_LEN, SEGMENT_SECTORS_MAX, SEGMENTS_MAX, Segment,
+    Status,
 };
 use crate::virtio::ring::Chain;
 
@@ -75,7 +77,11 @@ pub struct Slot {
 impl Slot {
     /// The request's data ranges: of an OUT the readable, else the writable ones.
     pub fn data(&self, write: bool) -> &[IoVec] {
-        if write { &self.chain.iov[self.first..self.chain.readable] } else { &self.chain.iov[self.chain.readable..] }
+        if write {
+            &self.chain.iov[self.first..self.chain.readable]
+        } else {
+            &self.chain.iov[self.chain.readable..]
+        }
     }
 
     /// Splits the chain into header, data and status, reads the header and checks the request.
@@ -204,6 +210,7 @@ pub struct Slow {
     /// The root node.
     pub root: Arc<Node>,
     /// Keeps the ranges mapped.
+    #[expect(dead_code, reason = "held, not read")]
     pub map: Arc<GuestMap>,
     /// The data ranges of a transfer.
     pub iov: Vec<IoVec>,

@@ -47,7 +47,7 @@ type Done = Rc<RefCell<Vec<(u64, Result<(), Errno>)>>>;
 
 struct Worker {
     rt: Installed,
-    queues: Vec<Box<Queue>>,
+    queues: Vec<Queue>,
     policy: Policy,
     events: Vec<Event>,
     done: Done,
@@ -111,7 +111,9 @@ impl Worker {
                 progress = true;
                 match q.take_one(&mut reactor) {
                     Some(Started::Fast) => {}
-                    Some(Started::Slow(head, slow)) => spawn(&self.rt, &self.done, payload(q.index, head), slow),
+                    Some(Started::Slow(head, slow)) => {
+                        spawn(&self.rt, &self.done, payload(q.index, head), slow);
+                    }
                     None => break,
                 }
             }
@@ -157,12 +159,12 @@ impl Worker {
     }
 
     fn command(&mut self, command: Command) {
-        let queue = |queues: &mut Vec<Box<Queue>>, i| queues.iter_mut().position(|q| q.index == i);
+        let queue = |queues: &mut Vec<Queue>, i| queues.iter_mut().position(|q| q.index == i);
         match command {
             Command::Start(mut q, done) => {
                 q.watch = q.kick_fd().and_then(|fd| self.watch(fd, q.index));
                 q.disarm();
-                self.queues.push(q);
+                self.queues.push(*q);
                 drop(done);
             }
             Command::Stop(i, answer) => {

@@ -183,7 +183,10 @@ mod tests {
         assert_eq!(c[0..8], 0x1234u64.to_le_bytes());
         assert_eq!(c[8..12], [0; 4], "size_max is not offered");
         assert_eq!(c[12..16], 254u32.to_le_bytes());
-        assert_eq!((c[20..24].to_vec(), c[24], c[26], c[28]), (512u32.to_le_bytes().to_vec(), 3, 8, 128));
+        assert_eq!(
+            (c[20..24].to_vec(), c[24], c[26], c[28]),
+            (512u32.to_le_bytes().to_vec(), 3, 8, 128)
+        );
         assert_eq!((c[32], c[34], c[56]), (1, 4, 1));
         assert_eq!(c[36..40], SEGMENT_SECTORS_MAX.to_le_bytes());
     }

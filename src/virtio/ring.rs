@@ -196,7 +196,11 @@ impl Ring {
     #[inline]
     pub fn available(&self) -> Result<u16, Broken> {
         let n = self.avail_idx().wrapping_sub(self.next_avail);
-        if n > self.size { Err(Broken("avail.idx is ahead by more than the ring's size")) } else { Ok(n) }
+        if n > self.size {
+            Err(Broken("avail.idx is ahead by more than the ring's size"))
+        } else {
+            Ok(n)
+        }
     }
 
     /// Takes the next available chain's head. Only after [`Ring::available`] said so.
@@ -208,7 +212,11 @@ impl Ring {
         let slot = usize::from(self.next_avail & (self.size - 1));
         let head = self.atomic(self.avail, 2 + slot).load(Ordering::Relaxed);
         self.next_avail = self.next_avail.wrapping_add(1);
-        if head < self.size { Ok(head) } else { Err(Broken("a head outside of the descriptor table")) }
+        if head < self.size {
+            Ok(head)
+        } else {
+            Err(Broken("a head outside of the descriptor table"))
+        }
     }
 
     /// Reads the chain at `head` into `chain`.
@@ -248,7 +256,8 @@ impl Ring {
             return Err(Broken("an indirect table outside of guest memory"));
         };
         let size = usize::try_from(entries).expect("a 32-bit number");
-        let mut walk = Walk { table: table.base().cast_const().cast(), size, left: size.min(CHAIN_MAX) };
+        let mut walk =
+            Walk { table: table.base().cast_const().cast(), size, left: size.min(CHAIN_MAX) };
         let mut next = Some(0);
         while let Some(index) = next {
             let desc = walk.read(index)?;
