@@ -1,0 +1,501 @@
+//! The load generator: closed loop, a fixed number of requests in flight per queue.
+//!
+//! A client thread owns one or more lanes (a queue and its buffers). One turn: reap everything, record,
+//! refill everything, publish once, kick if the device asks. A polling client goes on at once; an
+//! event-driven one arms the interrupt, looks again, and sleeps on the call eventfd.
+//!
+//! The loop allocates nothing and reads the clock once per turn with completions: a request's latency
+//! begins when its batch was reaped and ends when the batch it completes in was.
+
+mod lane;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+use vub_client::{Client, Error, Options, Queue, Result, sys};
+
+use crate::hist::Histogram;
+use crate::usage::{self, Snapshot, Usage};
+use lane::Lane;
+
+/// What the requests are.
+#[expect(clippy::enum_variant_names, reason = "fio's words")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lowercase")]
+pub enum Rw {
+    /// Sequential reads.
+    Read,
+    /// Sequential writes.
+    Write,
+    /// Random reads.
+    RandRead,
+    /// Random writes.
+    RandWrite,
+    /// Random reads and writes, see --rwmixread.
+    RandRw,
+}
+
+/// How the client learns of completions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Looks at the used ring all the time.
+    Poll,
+    /// Sleeps on the call eventfd.
+    Event,
+}
+
+/// A size with a binary suffix: 4k, 128k, 1g.
+pub fn size(text: &str) -> std::result::Result<u64, String> {
+    let lower = text.to_ascii_lowercase();
+    let digits = lower.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match lower[digits.len()..].trim_end_matches("ib") {
+        "" | "b" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        other => return Err(format!("unknown suffix {other:?}")),
+    };
+    let number: u64 = digits.parse().map_err(|e| format!("{digits:?}: {e}"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is too large"))
+}
+
+/// The job, in fio's words.
+#[derive(Args, Clone, Debug, Serialize)]
+pub struct Job {
+    /// What the requests are
+    #[arg(long, value_enum, default_value = "randread")]
+    pub rw: Rw,
+    /// Reads per hundred requests of randrw
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=100))]
+    pub rwmixread: u32,
+    /// Flush after every N writes (1: flush-heavy; 0: never)
+    #[arg(long, default_value_t = 0)]
+    pub fsync: u32,
+    /// Bytes per request
+    #[arg(long, value_parser = size, default_value = "4k")]
+    pub bs: u64,
+    /// Cut a request's data into segments of this size (0: one segment)
+    #[arg(long, value_parser = size, default_value = "0")]
+    pub segment: u64,
+    /// Requests in flight per queue
+    #[arg(long, default_value_t = 1)]
+    pub iodepth: u16,
+    /// Queues
+    #[arg(long, default_value_t = 1)]
+    pub queues: u16,
+    /// Client threads [default: 1 when polling, one per queue otherwise]
+    #[arg(long, default_value_t = 0)]
+    pub threads: u16,
+    /// Measure for this many seconds
+    #[arg(long, default_value_t = 3.0)]
+    pub time: f64,
+    /// Measure this many requests instead
+    #[arg(long, default_value_t = 0)]
+    pub ios: u64,
+    /// Seconds before measuring (not with --ios)
+    #[arg(long, default_value_t = 0.5)]
+    pub warmup: f64,
+    /// How the client learns of completions
+    #[arg(long, value_enum, default_value = "poll")]
+    pub client: Mode,
+    /// Check what is read against what this run has written
+    #[arg(long)]
+    pub verify: bool,
+    /// Use only this much of the disk (0: all of it)
+    #[arg(long, value_parser = size, default_value = "0")]
+    pub size: u64,
+    /// Entries per ring
+    #[arg(long, default_value_t = 256)]
+    pub queue_size: u16,
+    /// Do not use indirect descriptors
+    #[arg(long)]
+    pub no_indirect: bool,
+    /// Do not use EVENT_IDX
+    #[arg(long)]
+    pub no_event_idx: bool,
+    /// Pin client threads, the first to this CPU
+    #[arg(long)]
+    pub pin: Option<usize>,
+    /// Seed of the offsets
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+impl Job {
+    /// The command line's defaults.
+    pub fn common() -> Self {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            job: Job,
+        }
+        <Line as clap::Parser>::parse_from(["job"]).job
+    }
+
+    /// Bytes per data segment.
+    fn segment_len(&self) -> u64 {
+        if self.segment == 0 { self.bs } else { self.segment.min(self.bs) }
+    }
+
+    /// Descriptors of a request, header and status included.
+    fn descs(&self) -> u64 {
+        self.bs.div_ceil(self.segment_len().max(1)) + 2
+    }
+
+    /// What is wrong with it, if anything.
+    pub fn check(&self) -> std::result::Result<(), String> {
+        let per_request = if self.no_indirect { self.descs() } else { 1 };
+        let room = u64::from(self.queue_size) / per_request.max(1);
+        match () {
+            () if self.bs == 0 || !self.bs.is_multiple_of(512) => {
+                Err("--bs must be a multiple of 512".into())
+            }
+            () if !self.segment.is_multiple_of(512) => {
+                Err("--segment must be a multiple of 512".into())
+            }
+            () if self.queues == 0 || self.iodepth == 0 => {
+                Err("--queues and --iodepth begin at 1".into())
+            }
+            () if u64::from(self.iodepth) > room => {
+                Err(format!("a ring of {} has room for {room} such requests", self.queue_size))
+            }
+            () if !self.queue_size.is_power_of_two() => {
+                Err("--queue-size must be a power of two".into())
+            }
+            () => Ok(()),
+        }
+    }
+
+    /// The client this job needs.
+    pub fn options(&self) -> Options {
+        let depth = u64::from(self.iodepth);
+        let lane = depth * (self.bs + 4096 + 64 + 16 * self.descs()) + (1 << 17);
+        let ring = u64::from(self.queue_size) * 32 + 3 * 4096;
+        let mem = (u64::from(self.queues) * (lane + ring)).next_multiple_of(1 << 21);
+        Options {
+            queues: self.queues,
+            queue_size: self.queue_size,
+            event_idx: !self.no_event_idx,
+            indirect: !self.no_indirect,
+            polling: self.client == Mode::Poll,
+            mem_size: usize::try_from(mem).unwrap_or(usize::MAX),
+            ..Options::default()
+        }
+    }
+}
+
+/// What was measured.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Report {
+    /// Requests completed in the window.
+    pub ios: u64,
+    /// Of these, reads.
+    pub reads: u64,
+    /// Of these, writes.
+    pub writes: u64,
+    /// Of these, flushes.
+    pub flushes: u64,
+    /// Requests that ended with an error status, whenever.
+    pub errors: u64,
+    /// Length of the window.
+    pub seconds: f64,
+    /// Requests per second.
+    pub iops: f64,
+    /// 10^6 bytes per second.
+    pub mb_per_s: f64,
+    /// Latency.
+    pub lat_mean_ns: u64,
+    /// Median.
+    pub lat_p50_ns: u64,
+    /// 99th percentile.
+    pub lat_p99_ns: u64,
+    /// 99.9th percentile.
+    pub lat_p999_ns: u64,
+    /// Longest.
+    pub lat_max_ns: u64,
+    /// CPU time of the client's threads per request.
+    pub client_cpu_ns_per_io: f64,
+    /// Kicks sent per request.
+    pub kicks_per_io: f64,
+    /// Times an event-driven client slept, per request.
+    pub sleeps_per_io: f64,
+    /// CPU time of the back end per request, if its process is known.
+    pub backend_cpu_ns_per_io: f64,
+    /// Voluntary context switches of the back end per request.
+    pub backend_voluntary_per_io: f64,
+    /// Involuntary ones.
+    pub backend_involuntary_per_io: f64,
+    /// CPUs kept busy by neither client nor back end: compilers, but interrupts and kernel threads
+    /// working for the job, too.
+    pub foreign_cpus: f64,
+    /// The back end's totals.
+    pub backend: Option<Usage>,
+}
+
+/// What was seen from outside during the window.
+#[derive(Debug, Default)]
+struct Window {
+    seconds: f64,
+    usage: Option<Usage>,
+    busy_ns: u64,
+}
+
+/// What the client threads obey.
+#[derive(Debug)]
+struct Control {
+    phase: AtomicU8,
+    finished: AtomicUsize,
+}
+
+/// Running, not counted.
+const WARMUP: u8 = 0;
+/// Running and counted.
+const MEASURE: u8 = 1;
+/// Take back what is in flight and return.
+const STOP: u8 = 2;
+/// Return at once.
+const ABORT: u8 = 3;
+
+/// What a client thread has counted.
+#[derive(Debug)]
+struct Tally {
+    lat: Histogram,
+    /// Reads, writes, flushes.
+    ops: [u64; 3],
+    errors: u64,
+    kicks: u64,
+    sleeps: u64,
+    cpu_ns: u64,
+}
+
+impl Tally {
+    fn new() -> Self {
+        Self { lat: Histogram::new(), ops: [0; 3], errors: 0, kicks: 0, sleeps: 0, cpu_ns: 0 }
+    }
+
+    /// Begins the window.
+    fn clear(&mut self) {
+        self.lat.clear();
+        (self.ops, self.kicks, self.sleeps) = ([0; 3], 0, 0);
+    }
+
+    fn merge(&mut self, other: &Self) {
+        self.lat.merge(&other.lat);
+        self.ops.iter_mut().zip(other.ops).for_each(|(a, b)| *a += b);
+        self.errors += other.errors;
+        self.kicks += other.kicks;
+        self.sleeps += other.sleeps;
+        self.cpu_ns += other.cpu_ns;
+    }
+}
+
+/// Runs a job on a connected client; `pid` is the back end's process.
+///
+/// # Errors
+/// The client's, and `Protocol` for a job that does not fit the disk.
+pub fn run(job: &Job, client: &mut Client, pid: Option<u32>) -> Result<Report> {
+    let capacity = client.capacity() * 512;
+    run_queues(job, client.take_queues(), capacity, pid)
+}
+
+/// The same on queues from anywhere.
+///
+/// # Errors
+/// As `run`.
+pub fn run_queues(
+    job: &Job,
+    queues: Vec<Queue>,
+    capacity: u64,
+    pid: Option<u32>,
+) -> Result<Report> {
+    let size = if job.size == 0 { capacity } else { job.size.min(capacity) };
+    if size / job.bs < queues.len() as u64 {
+        return Err(Error::Protocol(format!("disk of {size} bytes is too small for the job")));
+    }
+    let calls: Vec<_> = queues.iter().map(|q| q.call_fd().try_clone()).collect();
+    let threads = match (job.threads, job.client) {
+        (0, Mode::Poll) => 1,
+        (0, Mode::Event) => queues.len(),
+        (n, _) => usize::from(n).min(queues.len()),
+    };
+    let control = Arc::new(Control { phase: AtomicU8::new(WARMUP), finished: AtomicUsize::new(0) });
+    let mut groups: Vec<Vec<Lane>> = (0..threads).map(|_| Vec::new()).collect();
+    for (i, queue) in queues.into_iter().enumerate() {
+        groups[i % threads].push(Lane::new(queue, job, size)?);
+    }
+    let workers = groups.into_iter().enumerate().map(|(i, lanes)| {
+        let (job, control) = (job.clone(), Arc::clone(&control));
+        thread::spawn(move || {
+            let result = worker(&job, i, lanes, &control);
+            control.finished.fetch_add(1, Ordering::Release);
+            result
+        })
+    });
+    let workers: Vec<_> = workers.collect();
+    let window = conduct(job, &control, threads, pid);
+    if !wait_finished(&control, threads, vub_client::TIMEOUT, Duration::from_millis(1)) {
+        control.phase.store(ABORT, Ordering::Relaxed);
+        calls.iter().flatten().for_each(|call| drop(call.write(1)));
+    }
+    let mut total = Tally::new();
+    for worker in workers {
+        let tally = worker.join().map_err(|_| Error::Protocol("a client thread died".into()))??;
+        total.merge(&tally);
+    }
+    Ok(report(job, &total, &window))
+}
+
+/// Waits for the client threads, `false` when they take too long.
+fn wait_finished(control: &Control, threads: usize, limit: Duration, step: Duration) -> bool {
+    let start = Instant::now();
+    while control.finished.load(Ordering::Acquire) < threads {
+        let left = limit.saturating_sub(start.elapsed());
+        if left.is_zero() {
+            return false;
+        }
+        thread::sleep(left.min(step));
+    }
+    true
+}
+
+/// Leads the threads through the phases; what was seen from outside.
+fn conduct(job: &Job, control: &Control, threads: usize, pid: Option<u32>) -> Window {
+    let busy = || usage::machine_busy_ns().unwrap_or(0);
+    let look = || pid.and_then(|pid| Snapshot::take(pid).ok());
+    if job.ios == 0 {
+        thread::sleep(Duration::from_secs_f64(job.warmup));
+    }
+    let (before, busy_before) = (look(), busy());
+    let start = Instant::now();
+    control.phase.store(MEASURE, Ordering::Relaxed);
+    // With --ios the threads end by themselves, the limit is only against hanging for ever.
+    // Looking often would take CPU time from what is measured.
+    let (limit, step) = if job.ios == 0 { (job.time, 100) } else { (3600.0, 1) };
+    let limit = Duration::from_secs_f64(limit);
+    wait_finished(control, threads, limit, Duration::from_millis(step));
+    control.phase.store(STOP, Ordering::Relaxed);
+    let seconds = start.elapsed().as_secs_f64();
+    let usage = before.zip(look()).map(|(before, after)| before.until(&after));
+    Window { seconds, usage, busy_ns: busy().saturating_sub(busy_before) }
+}
+
+fn worker(job: &Job, index: usize, mut lanes: Vec<Lane>, control: &Control) -> Result<Tally> {
+    if let Some(first) = job.pin {
+        sys::pin_thread(first + index).map_err(|e| Error::Io("pin", e))?;
+    }
+    let (mut tally, mut phase) = (Tally::new(), WARMUP);
+    let total = u64::from(job.queues);
+    let quota = if job.ios == 0 { u64::MAX } else { job.ios * lanes.len() as u64 / total };
+    let (base, mut cpu) = (Instant::now(), sys::thread_cpu_ns());
+    let mut completed = 0;
+    lanes.iter_mut().try_for_each(|lane| lane.refill(0, &mut tally))?;
+    loop {
+        let now_phase = control.phase.load(Ordering::Relaxed);
+        if now_phase != phase {
+            if now_phase == MEASURE && job.ios == 0 {
+                tally.clear();
+                cpu = sys::thread_cpu_ns();
+            }
+            if now_phase >= STOP {
+                break;
+            }
+            phase = now_phase;
+        }
+        let mut progress = 0;
+        for lane in &mut lanes {
+            let n = lane.turn(&base, &mut tally)?;
+            progress += n;
+        }
+        completed += progress;
+        if completed >= quota {
+            break;
+        }
+        if progress == 0 {
+            wait(job.client, &mut lanes, &mut tally)?;
+        }
+    }
+    tally.cpu_ns = sys::thread_cpu_ns() - cpu;
+    drain(&mut lanes, control)?;
+    tally.errors = lanes.iter().map(Lane::errors).sum();
+    Ok(tally)
+}
+
+/// Nothing was there: looks again soon, or sleeps until interrupted.
+fn wait(mode: Mode, lanes: &mut [Lane], tally: &mut Tally) -> Result<()> {
+    if mode == Mode::Poll {
+        std::hint::spin_loop();
+        return Ok(());
+    }
+    if lanes.iter_mut().any(Lane::arm) {
+        return Ok(());
+    }
+    tally.sleeps += 1;
+    lane::sleep(lanes)
+}
+
+/// Takes back what is in flight, so that the back end is idle afterwards.
+fn drain(lanes: &mut [Lane], control: &Control) -> Result<()> {
+    let deadline = Instant::now() + vub_client::TIMEOUT;
+    for lane in lanes {
+        while lane.in_flight() > 0 {
+            let abort = control.phase.load(Ordering::Relaxed) == ABORT;
+            if abort || Instant::now() > deadline {
+                return Err(Error::Timeout { what: "completion", after: vub_client::TIMEOUT });
+            }
+            lane.reap_quietly()?;
+            thread::yield_now();
+        }
+    }
+    Ok(())
+}
+
+fn report(job: &Job, total: &Tally, window: &Window) -> Report {
+    let Window { seconds, usage, busy_ns } = *window;
+    let ours = total.cpu_ns + usage.map_or(0, |u| u.cpu_ns);
+    let ios: u64 = total.ops.iter().sum();
+    let per_io = |n: u64| n as f64 / (ios.max(1) as f64);
+    let data = (total.ops[0] + total.ops[1]) * job.bs;
+    Report {
+        ios,
+        reads: total.ops[0],
+        writes: total.ops[1],
+        flushes: total.ops[2],
+        errors: total.errors,
+        seconds,
+        iops: ios as f64 / seconds,
+        mb_per_s: data as f64 / seconds / 1e6,
+        lat_mean_ns: total.lat.mean(),
+        lat_p50_ns: total.lat.percentile(0.5),
+        lat_p99_ns: total.lat.percentile(0.99),
+        lat_p999_ns: total.lat.percentile(0.999),
+        lat_max_ns: total.lat.max(),
+        client_cpu_ns_per_io: per_io(total.cpu_ns),
+        kicks_per_io: per_io(total.kicks),
+        sleeps_per_io: per_io(total.sleeps),
+        backend_cpu_ns_per_io: usage.map_or(0.0, |u| per_io(u.cpu_ns)),
+        backend_voluntary_per_io: usage.map_or(0.0, |u| per_io(u.voluntary)),
+        backend_involuntary_per_io: usage.map_or(0.0, |u| per_io(u.involuntary)),
+        foreign_cpus: busy_ns.saturating_sub(ours) as f64 / 1e9 / seconds,
+        backend: usage,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size("4k"), Ok(4096));
+        assert_eq!(size("1GiB"), Ok(1 << 30));
+        assert_eq!(size("512"), Ok(512));
+        assert!(size("4x").is_err() && size("k").is_err() && size("99999999999t").is_err());
+    }
+}
