@@ -150,6 +150,29 @@ fn an_odd_hole_is_not_writable_directly() {
 }
 
 #[test]
+fn a_window_at_an_odd_offset_is_served_by_read_modify_write() {
+    let disk = disk();
+    let path = image(disk.path(), 4 * PAGE);
+    let graph = Graph::new();
+    let options = json!({
+        "driver": "raw", "node-name": "r", "offset": 256, "cache": { "direct": true },
+        "file": { "driver": "file", "filename": path, "aio": "threads" },
+    });
+    let node = add(&graph, options).unwrap();
+    assert_eq!(node.len(), 4 * PAGE as u64 - 512);
+    assert!(matches!(node.locate(Dir::Write, 0, 512).map, Map::Slow));
+    let mut memory = Buffer::new(1024, PAGE);
+    memory.bytes_mut().fill(3);
+    let iov = [memory.iovec()];
+    let op = Op::Write { offset: 512, from: Sg::new(&iov), flags: WriteFlags::empty() };
+    rt::block_on(node.submit(op)).unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    assert_eq!(bytes[..768], [7; 768]);
+    assert_eq!(bytes[768..1792], [3; 1024]);
+    assert_eq!(bytes[1792..], vec![7; 4 * PAGE - 1792]);
+}
+
+#[test]
 fn zeroes_past_the_end_grow_the_file() {
     let disk = disk();
     let path = image(disk.path(), PAGE);
