@@ -3,7 +3,7 @@
 //! A [`Node`] is QEMU's BlockDriverState: the generic block layer around one [`Driver`]. A request enters at the
 //! root node and takes one of two lanes:
 //!
-//! * **fast**: [`Node::map`] walks from the root to a leaf without waiting, locking or allocating, and answers
+//! * **fast**: [`Node::locate`] walks from the root to a leaf without waiting, locking or allocating, and answers
 //!   "these bytes are at this offset of this file" ([`Map::File`]); the worker hands that to the kernel itself;
 //! * **slow**: [`Node::submit`], plain `async` code, for everything else.
 //!
