@@ -79,38 +79,43 @@ pub struct Pidfile {
 }
 
 impl Pidfile {
-    /// Makes, locks and fills the file.
+    /// Makes and locks the file.
     ///
     /// # Errors
     /// In QEMU's words.
-    pub fn create(path: &str) -> Result<Pidfile> {
-        Self::try_create(path).map_err(|e| e.prepend("cannot create PID file: "))
-    }
-
-    fn try_create(path: &str) -> Result<Pidfile> {
+    pub fn lock(path: &str) -> Result<Pidfile> {
         loop {
-            let failed = |what: &str, e: io::Error| Error::from_errno(what, Errno::from(e));
             let file = File::options()
                 .create(true)
                 .write(true)
                 .truncate(false)
                 .mode(0o600)
                 .open(path)
-                .map_err(|e| failed(&format!("Could not create '{path}'"), e))?;
-            sys::lock_exclusively(&file).map_err(|e| failed("Cannot lock pid file", e))?;
+                .map_err(|e| no_pidfile(&format!("Could not create '{path}'"), e))?;
+            sys::lock_exclusively(&file).map_err(|e| no_pidfile("Cannot lock pid file", e))?;
             // Its former owner may have removed it between the two steps.
             if !is_at(&file, path) {
                 continue;
             }
-            let absolute =
-                std::path::absolute(path).map_err(|e| failed("Cannot find pid file", e))?;
-            let mut pidfile = Pidfile { path: absolute, file };
-            pidfile.file.set_len(0).map_err(|e| failed("Failed to truncate pid file", e))?;
-            writeln!(pidfile.file, "{}", std::process::id())
-                .map_err(|e| failed("Failed to write pid file", e))?;
-            return Ok(pidfile);
+            let path =
+                std::path::absolute(path).map_err(|e| no_pidfile("Cannot find pid file", e))?;
+            return Ok(Pidfile { path, file });
         }
     }
+
+    /// Writes the number of the process.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub fn fill(&mut self) -> Result<()> {
+        self.file.set_len(0).map_err(|e| no_pidfile("Failed to truncate pid file", e))?;
+        writeln!(self.file, "{}", std::process::id())
+            .map_err(|e| no_pidfile("Failed to write pid file", e))
+    }
+}
+
+fn no_pidfile(what: &str, e: io::Error) -> Error {
+    Error::from_errno(format!("cannot create PID file: {what}"), Errno::from(e))
 }
 
 /// Whether `path` leads to `file`.
@@ -158,9 +163,10 @@ mod tests {
         let path = dir.path().join("pid");
         let text = path.to_str().unwrap();
         fs::write(&path, "1234567890\n").unwrap();
-        let pidfile = Pidfile::create(text).unwrap();
+        let mut pidfile = Pidfile::lock(text).unwrap();
+        pidfile.fill().unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
-        let Err(error) = Pidfile::create(text) else { panic!("locked twice") };
+        let Err(error) = Pidfile::lock(text) else { panic!("locked twice") };
         assert_eq!(
             error.message(),
             "cannot create PID file: Cannot lock pid file: Resource temporarily unavailable"

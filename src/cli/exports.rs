@@ -177,7 +177,8 @@ impl Wanted {
 }
 
 impl Exports {
-    /// Makes an export whose socket listens; nobody is served before [`Exports::serve`].
+    /// Makes an export whose socket listens, but has no name before [`Exports::publish`] and is not served before
+    /// [`Exports::serve`].
     ///
     /// # Errors
     /// In QEMU's words and order.
@@ -244,6 +245,17 @@ impl Exports {
                 Err(e)
             }
         }
+    }
+
+    /// Gives the sockets their names.
+    ///
+    /// # Errors
+    /// If one cannot be moved there.
+    pub fn publish(&mut self) -> Result<()> {
+        self.list
+            .iter_mut()
+            .filter_map(|running| running.place.as_mut())
+            .try_for_each(Place::publish)
     }
 
     /// Starts to serve all exports.

@@ -1,7 +1,8 @@
 //! Sockets to serve on: made at a path, in the abstract name space, or inherited as descriptors.
 //!
-//! A path changes hands in one step: the socket is bound under a temporary name beside it and renamed over what was
-//! there, so that a front end which retries finds the old socket or the new one, never nothing.
+//! A path changes hands in one step, and late: the socket is bound under a temporary name beside it, and renamed over
+//! what was there when everything else has succeeded. A front end which retries finds the old socket or the new one,
+//! never nothing; and a start that fails takes no socket away from who has it.
 #![forbid(unsafe_code)]
 
 use std::fs;
@@ -13,6 +14,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::err;
 use crate::error::{Errno, Error, Result};
@@ -25,12 +27,30 @@ const PATH_MAX: usize = 108;
 /// The first inherited descriptor of systemd's protocol.
 const LISTEN_FDS_START: i32 = 3;
 
-/// A listening socket's place in the file system. Dropping it removes it, unless somebody else has taken the place.
+/// A listening socket's place in the file system: a temporary one, until it is published. Dropping it removes it,
+/// unless somebody else has taken the place.
 #[derive(Debug)]
 pub struct Place {
+    /// Where it shall be; `None`: it is there.
+    goal: Option<PathBuf>,
+    /// Where it is.
     path: PathBuf,
     dev: u64,
     ino: u64,
+}
+
+impl Place {
+    /// Moves the socket to its path, over what is there.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub fn publish(&mut self) -> Result<()> {
+        let Some(goal) = self.goal.take() else { return Ok(()) };
+        fs::rename(&self.path, &goal)
+            .map_err(|e| failed(format!("Failed to bind socket to {}", goal.display()), &e))?;
+        self.path = goal;
+        Ok(())
+    }
 }
 
 impl Drop for Place {
@@ -53,13 +73,18 @@ fn failed(context: String, error: &io::Error) -> Error {
     Error::from_errno(context, errno)
 }
 
-/// Listens at `path`, with permissions `mode` if given (else as the umask leaves them).
+/// Listens at what will be `path` when it is published, with permissions `mode` if given (else as the umask leaves
+/// them).
 ///
 /// # Errors
 /// In QEMU's words; and if something is at `path` that is no socket (QEMU removes it).
 pub fn at_path(path: &str, mode: Option<u32>) -> Result<(UnixListener, Place)> {
     if path.len() > PATH_MAX {
         return Err(too_long(path, PATH_MAX));
+    }
+    if path.is_empty() {
+        // QEMU listens at a random path that it tells nobody.
+        return Err(err!("Failed to bind socket to '': no path given"));
     }
     let bind_failed = |e: io::Error| failed(format!("Failed to bind socket to {path}"), &e);
     let unlink_failed = |e: io::Error| failed(format!("Failed to unlink socket {path}"), &e);
@@ -77,31 +102,23 @@ pub fn at_path(path: &str, mode: Option<u32>) -> Result<(UnixListener, Place)> {
     let replace_failed = |e| if occupied { unlink_failed(e) } else { bind_failed(e) };
     // Absolute, for a daemon changes its directory.
     let path = std::path::absolute(path).map_err(bind_failed)?;
-    bind_and_rename(&path, mode).map_err(replace_failed)
+    bind_beside(path, mode).map_err(replace_failed)
 }
 
-fn bind_and_rename(path: &Path, mode: Option<u32>) -> io::Result<(UnixListener, Place)> {
-    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(io::Error::from_raw_os_error(libc::EISDIR));
-    };
-    let temporary = dir.join(format!(".{}.{}", name.display(), std::process::id()));
-    let listener = bind_anywhere(dir, &temporary)?;
-    let finish = || {
-        if let Some(mode) = mode {
-            fs::set_permissions(&temporary, fs::Permissions::from_mode(mode))?;
-        }
-        let there = fs::symlink_metadata(&temporary)?;
-        fs::rename(&temporary, path)?;
-        Ok(Place { path: path.to_path_buf(), dev: there.dev(), ino: there.ino() })
-    };
-    match finish() {
-        Ok(place) => Ok((listener, place)),
-        Err(e) => {
-            // Best effort: the error that counts is `e`.
-            let _ = fs::remove_file(&temporary);
-            Err(e)
-        }
+/// Binds to a temporary name in the directory of `goal`.
+fn bind_beside(goal: PathBuf, mode: Option<u32>) -> io::Result<(UnixListener, Place)> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let Some(dir) = goal.parent() else { return Err(io::Error::from_raw_os_error(libc::EISDIR)) };
+    // Unique among processes, and among the exports of one that have the same path.
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let path = dir.join(format!(".vhost-user-blk.{}.{count}", std::process::id()));
+    let listener = bind_anywhere(dir, &path)?;
+    let there = fs::symlink_metadata(&path)?;
+    let place = Place { goal: Some(goal), path, dev: there.dev(), ino: there.ino() };
+    if let Some(mode) = mode {
+        fs::set_permissions(&place.path, fs::Permissions::from_mode(mode))?;
     }
+    Ok((listener, place))
 }
 
 /// Binds to `path`, which is in `dir`, however long it is.
@@ -116,11 +133,9 @@ fn bind_anywhere(dir: &Path, path: &Path) -> io::Result<UnixListener> {
     }
     let dir =
         fs::File::options().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(dir)?;
-    let short = format!(".vhost-user-blk.{}", std::process::id());
-    let short = Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string()).join(short);
-    let listener = UnixListener::bind(&short)?;
-    fs::rename(short, path)?;
-    Ok(listener)
+    let name = path.file_name().unwrap_or_default();
+    let short = Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string()).join(name);
+    UnixListener::bind(short)
 }
 
 /// Listens at `name` in the abstract name space; without `tight` the name is padded with zeroes.
@@ -237,9 +252,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let text = path.to_str().unwrap();
-        let (_one, first) = at_path(text, Some(0o600)).unwrap();
+        let (_one, mut first) = at_path(text, Some(0o600)).unwrap();
+        assert!(!path.exists());
+        first.publish().unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-        let (_two, second) = at_path(text, None).unwrap();
+        let (_two, mut second) = at_path(text, None).unwrap();
+        let (_three, third) = at_path(text, None).unwrap();
+        drop(third);
+        assert!(path.exists(), "the first one's");
+        second.publish().unwrap();
         drop(first);
         assert!(path.exists(), "the second one's");
         drop(second);
@@ -253,7 +274,8 @@ mod tests {
         for len in 90..=PATH_MAX {
             let path = dir.path().to_str().unwrap().to_string() + "/";
             let path = format!("{path}{}", "p".repeat(len - path.len()));
-            let (_listener, place) = at_path(&path, Some(0o660)).unwrap();
+            let (_listener, mut place) = at_path(&path, Some(0o660)).unwrap();
+            place.publish().unwrap();
             assert!(Path::new(&path).exists());
             drop(place);
         }

@@ -5,7 +5,7 @@
 //! which they are written. Nobody is served before the last option has been processed.
 //!
 //! ```text
-//! getopt -> plan -> (daemonize) -> session -> pidfile -> serve -> READY -> signal -> STOPPING -> close
+//! getopt -> plan -> (daemonize) -> session -> pidfile -> publish -> serve -> READY -> signal -> STOPPING -> close
 //! ```
 #![forbid(unsafe_code)]
 
@@ -89,7 +89,10 @@ fn serve(
     if let Next::Print(text) = session.process(settings)? {
         return print(&text);
     }
-    *pidfile = settings.pidfile.as_deref().map(Pidfile::create).transpose()?;
+    // Locked before a socket of a process with the same pidfile is replaced; filled when ours is there to be used.
+    *pidfile = settings.pidfile.as_deref().map(Pidfile::lock).transpose()?;
+    session.publish()?;
+    pidfile.as_mut().map(Pidfile::fill).transpose()?;
     session.serve()?;
     if let Some(background) = background {
         background.ready().map_err(|e| err!("cannot go to the background: {e}"))?;

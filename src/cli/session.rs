@@ -156,6 +156,14 @@ impl Session {
         }
     }
 
+    /// Gives the sockets their names.
+    ///
+    /// # Errors
+    /// If one cannot be moved there.
+    pub fn publish(&mut self) -> Result<()> {
+        self.exports.publish()
+    }
+
     /// Starts to serve.
     ///
     /// # Errors
