@@ -89,7 +89,7 @@ impl Wanted {
         let mut options = Options::new();
         options.insert("id".to_string(), node.name().into());
         options.insert("node-name".to_string(), node.name().into());
-        options.insert("writable".to_string(), (!read_only && !node.in_force().read_only).into());
+        options.insert("writable".to_string(), (!read_only && !node.read_only()).into());
         Wanted { options }
     }
 
@@ -184,7 +184,7 @@ impl Exports {
     /// In QEMU's words and order.
     pub fn add(
         &mut self,
-        graph: &Graph,
+        graph: &Arc<Graph>,
         objects: &Objects,
         wanted: &Wanted,
         defaults: Defaults,
@@ -198,7 +198,7 @@ impl Exports {
     /// In QEMU's words and order.
     pub fn add_at(
         &mut self,
-        graph: &Graph,
+        graph: &Arc<Graph>,
         objects: &Objects,
         wanted: &Wanted,
         endpoint: impl FnOnce(&Wanted) -> Result<(Endpoint, Option<Place>)>,
@@ -213,7 +213,7 @@ impl Exports {
         let name = wanted.text("node-name");
         let node = graph.find(name);
         let node = node.ok_or_else(|| err!("Cannot find device='' nor node-name='{name}'"))?;
-        if wanted.flag("writable") && node.in_force().read_only {
+        if wanted.flag("writable") && node.read_only() {
             return Err(err!("Cannot export read-only node as writable"));
         }
         let poll_max_ns = match wanted.options.get("iothread").and_then(Value::as_str) {
@@ -274,6 +274,7 @@ impl Exports {
             let server = Server::start(endpoint, device, running.id.clone(), on_finish)
                 .map_err(|e| err!("Cannot serve export '{}': {e}", running.id))?;
             running.server = Some(server);
+            log::info!("export '{}': ready", running.id);
         }
         Ok(())
     }

@@ -10,11 +10,9 @@ use serde_json::Value;
 use super::number::{parse_i64, parse_size, parse_u64};
 use super::schema::{self, Driver};
 use super::{Kind, OptionSpec, Options, UnionSpec, json, keyval};
+use crate::block::graph::MAX_DEPTH;
 use crate::err;
 use crate::error::{Error, Result};
-
-/// How deep block nodes may nest in one definition. QEMU has no limit; no graph comes near, and recursion needs one.
-const NODE_DEPTH_MAX: usize = 200;
 
 /// Which of the two syntaxes an option tree was written in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -213,8 +211,9 @@ impl Visitor {
 
     /// The definition of a block node: the driver's word first, the options of every node, the driver's own.
     fn blockdev(&mut self, mut tree: Options) -> Result<Options> {
-        if self.nodes == NODE_DEPTH_MAX {
-            return Err(err!("Block nodes are nested too deeply (limit: {NODE_DEPTH_MAX})"));
+        // QEMU has no limit; recursion needs one.
+        if self.nodes == MAX_DEPTH {
+            return Err(err!("The block graph is more than {MAX_DEPTH} nodes deep"));
         }
         self.nodes += 1;
         let mut out = Options::new();
