@@ -166,9 +166,6 @@ fn our_own_errors() {
 
 #[test]
 fn hostile_nesting_is_an_error() {
-    let keyval =
-        format!("--blockdev raw,node-name=n,{}driver=null-co", "file.driver=raw,".repeat(1));
-    assert!(!failure(&keyval).is_empty());
     for depth in [255, 256, 257, 1000] {
         let (open, close) = (r#"{"driver":"raw","file":"#.repeat(depth), "}".repeat(depth));
         let text = format!("--blockdev '{open}{}{close}'", r#"{"driver":"null-co"}"#);
