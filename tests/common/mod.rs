@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "every test binary uses a part")]
 
 pub mod bed;
+pub mod guest;
 pub mod sequence;
 
 use vhost_user_blk::mem::{IoVec, Sg};
