@@ -2,6 +2,8 @@
 //!
 //! CONFORMANCE_SEED=n runs other sequences. A machine without loop devices or without io_uring says what it did not test.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod common;
 
 use std::os::unix::fs::MetadataExt;

@@ -1,5 +1,7 @@
 //! In the steady state the fast lane allocates nothing: a counting allocator around an export that serves a ring.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout as Shape, System};
@@ -7,9 +9,9 @@ use std::cell::Cell;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use common::Rng;
 use common::bed::directory;
 use common::guest::{DATA, FEATURES, Guest, SLOTS};
+use common::{Rng, not_tested};
 use serde_json::{Value, json};
 use vhost_user_blk::block::Graph;
 use vhost_user_blk::export::{Export, ExportConfig};
@@ -176,7 +178,7 @@ fn the_fast_lane_does_not_allocate() {
     let null = json!({ "driver": "null-co", "node-name": "n", "size": BLOCKS * u64::from(DATA) });
     assert_eq!(allocations("null", null, false), 0, "null-co");
     if let Err(e) = uring_available() {
-        return eprintln!("NOT TESTED: files, because io_uring does not work here: {e}");
+        return not_tested(&format!("files, because io_uring does not work here: {e}"));
     }
     let dir = directory();
     let path = dir.path().join("image");

@@ -153,7 +153,7 @@ impl Loop {
     pub fn exist() -> bool {
         let exist = Path::new("/dev/loop-control").exists();
         if !exist {
-            eprintln!("NOT TESTED: host_device: this machine has no loop devices");
+            super::not_tested("a loop device: this machine has none");
         }
         exist
     }

@@ -5,6 +5,8 @@ pub mod bed;
 pub mod guest;
 pub mod sequence;
 
+use std::io::Write;
+
 use vhost_user_blk::mem::{IoVec, Sg};
 use vhost_user_blk::rt::{Buffer, WaitKind, uring_available};
 
@@ -40,11 +42,10 @@ impl Rng {
     }
 
     pub fn bytes(&mut self, len: usize) -> Vec<u8> {
-        let mut out: Vec<u8> = Vec::with_capacity(len + 8);
-        while out.len() < len {
-            out.extend(self.next().to_le_bytes());
+        let mut out = vec![0; len];
+        for chunk in out.chunks_mut(8) {
+            chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
         }
-        out.truncate(len);
         out
     }
 
@@ -100,7 +101,12 @@ impl Scatter {
         }
         let mut buffer = Buffer::new(pos + 64, 4096);
         buffer.bytes_mut().fill(UNTOUCHED);
-        let iov = parts.iter().map(|(at, n)| buffer.iovec().part(*at, *n)).collect();
+        let mut iov: Vec<IoVec> =
+            parts.iter().map(|(at, n)| buffer.iovec().part(*at, *n)).collect();
+        if rng.one_in(4) {
+            // A range of nothing, at an address that nothing else may have.
+            iov.insert(rng.index(iov.len() + 1), buffer.iovec().part(1, 0));
+        }
         Scatter { buffer, parts, iov }
     }
 
@@ -138,12 +144,17 @@ impl Scatter {
     }
 }
 
+/// Says what this machine does not allow to test: past the harness, which shows nothing of tests that pass.
+pub fn not_tested(what: &str) {
+    writeln!(std::io::stderr(), "NOT TESTED: {what}").expect("stderr is open");
+}
+
 /// The wait points of this machine. A kernel without io_uring, or one told to do without, has one.
 pub fn waits() -> Vec<WaitKind> {
     match uring_available() {
         Ok(()) => vec![WaitKind::Uring, WaitKind::Epoll],
         Err(e) => {
-            eprintln!("NOT TESTED: waiting in io_uring, which does not work here: {e}");
+            not_tested(&format!("waiting in io_uring, which does not work here: {e}"));
             vec![WaitKind::Epoll]
         }
     }
@@ -152,8 +163,11 @@ pub fn waits() -> Vec<WaitKind> {
 /// Panics with the first difference.
 pub fn assert_same(got: &[u8], want: &[u8], what: &str) {
     assert_eq!(got.len(), want.len(), "{what}: length");
-    if let Some(at) = (0..got.len()).find(|i| got[*i] != want[*i]) {
-        let n = (at..got.len()).take_while(|i| got[*i] != want[*i]).count();
-        panic!("{what}: {n} bytes differ at {at}: {:#x}, not {:#x}", got[at], want[at]);
+    if got == want {
+        return;
     }
+    let differ = |i: &usize| got[*i] != want[*i];
+    let at = (0..got.len()).find(differ).expect("they differ");
+    let n = (at..got.len()).take_while(differ).count();
+    panic!("{what}: {n} bytes differ at {at}: {:#x}, not {:#x}", got[at], want[at]);
 }
