@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use common::bed::{Layout, Loop, Setup, directory, image};
 use common::sequence::Run;
-use common::{Rng, Scatter, assert_same, waits};
+use common::{Rng, Scatter, assert_same, strict, waits};
 use serde_json::{Value, json};
 use vhost_user_blk::block::{Graph, Node, Op, WriteFlags, ZeroFlags};
 use vhost_user_blk::error::Errno;
@@ -76,6 +76,19 @@ fn host_device() {
     if Loop::exist() {
         every_engine(Layout::HostDevice(512), &[6 * MIB]);
         every_engine(Layout::HostDevice(4096), &[6 * MIB]);
+    }
+}
+
+/// What the generic layer promises a driver, whatever it is asked itself.
+#[test]
+fn a_driver_never_sees_more_than_its_limits() {
+    for row in 0..strict::LIMITS.len() {
+        for no_zeroes in [false, true] {
+            let what = format!("{:?}, no zeroes {no_zeroes}", strict::LIMITS[row]);
+            let disk = strict::disk(row, 2 * MIB, no_zeroes);
+            let mut run = Run::new(disk, &[], Rng::new(row as u64), what);
+            rt::block_on(run.steps(3 * STEPS));
+        }
     }
 }
 

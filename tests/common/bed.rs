@@ -92,7 +92,7 @@ impl Setup {
         let user =
             graph.attach_root(&node, "the test", perms).unwrap_or_else(|e| panic!("{self:?}: {e}"));
         let base = if let Layout::Window(offset, _) = self.layout { offset } else { 0 };
-        Disk { setup: *self, base, node, _user: user, _graph: graph }
+        Disk::new(*self, base, node, user, graph)
     }
 }
 
@@ -107,6 +107,16 @@ pub struct Disk {
 }
 
 impl Disk {
+    pub fn new(
+        setup: Setup,
+        base: u64,
+        node: Arc<Node>,
+        user: RootUser,
+        graph: Arc<Graph>,
+    ) -> Disk {
+        Disk { setup, base, node, _user: user, _graph: graph }
+    }
+
     /// What of a discard takes place: each node drops the ragged ends. Start and end.
     pub fn discarded(&self, at: u64, len: u64) -> Option<(u64, u64)> {
         let (mut node, mut at, mut end, mut shift) = (&self.node, at, at + len, 0);

@@ -4,6 +4,7 @@
 pub mod bed;
 pub mod guest;
 pub mod sequence;
+pub mod strict;
 
 use std::io::Write;
 
