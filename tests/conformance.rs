@@ -243,7 +243,8 @@ fn null_is_what_its_options_say() {
                 for op in all_ops(&memory, 77, 5000).into_iter().chain([Op::Flush]) {
                     assert_eq!(rt::block_on_with(wait, node.submit(op)), Ok(()));
                 }
-                let want = if zeroes { 0 } else { 9 };
+                // More ranges than a request takes go through a buffer, of zeroes at first.
+                let want = if zeroes || memory.ranges() > 1024 { 0 } else { 9 };
                 assert!(memory.gather().iter().all(|b| *b == want), "{driver} {zeroes}");
                 for op in all_ops(&memory, node.len() - 4999, 5000) {
                     assert_eq!(rt::block_on_with(wait, node.submit(op)), Err(Errno::EINVAL));

@@ -190,7 +190,7 @@ fn export(options: Value) -> std::sync::Arc<Export> {
         id: "e".into(),
         writable: true,
         writethrough: false,
-        num_queues: 1,
+        num_queues: 2,
         queue_size: 256,
         logical_block_size: 512,
         serial: String::new(),
@@ -249,4 +249,28 @@ fn what_a_guest_sees() {
             );
         }
     }
+}
+
+/// A guest that lies about one ring loses that ring, after what it had asked for before, and nothing else.
+#[test]
+fn a_lie_breaks_one_queue() {
+    let null = json!({ "driver": "null-co", "node-name": "n", "read-zeroes": true });
+    let export = export(null);
+    export.set_features(FEATURES);
+    let (mut liar, mut honest) = (Guest::new(65_535), Guest::new(0));
+    export.start_queue(0, liar.setup()).unwrap();
+    export.start_queue(1, honest.setup()).unwrap();
+    assert_eq!(guest_read(&mut liar, 0), (0, 0));
+    liar.lie();
+    liar.found_out();
+    for sector in 0..100 {
+        assert_eq!(guest_read(&mut honest, sector), (0, 0));
+    }
+    assert_eq!(export.stop_queue(0), Some(liar.avail()));
+    // A reset, and it may start again.
+    let mut reformed = Guest::new(3);
+    export.start_queue(0, reformed.setup()).unwrap();
+    assert_eq!(guest_read(&mut reformed, 0), (0, 0));
+    assert_eq!((export.stop_queue(0), export.stop_queue(1)), (Some(4), Some(100)));
+    export.close();
 }

@@ -36,6 +36,7 @@ pub struct Guest {
     map: Arc<GuestMap>,
     kick: EventFd,
     call: EventFd,
+    err: EventFd,
     avail: u16,
     kicked: u16,
     used: u16,
@@ -61,8 +62,8 @@ impl Guest {
             (GuestAddress(0), usize::try_from(MEMORY).unwrap(), Some(FileOffset::new(file, 0)));
         let mem = GuestMemoryMmap::from_ranges_with_files([place]).unwrap();
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap();
-        let (kick, call) = (event(), event());
-        let guest = Guest { mem, map, kick, call, avail: base, kicked: base, used: 0, base };
+        let (kick, call, err) = (event(), event(), event());
+        let guest = Guest { mem, map, kick, call, err, avail: base, kicked: base, used: 0, base };
         guest.mem.store(base, GuestAddress(AVAIL + 2), Ordering::Release).unwrap();
         guest
     }
@@ -79,7 +80,7 @@ impl Guest {
             features: FEATURES,
             kick: owned(&self.kick),
             call: owned(&self.call),
-            err: None,
+            err: owned(&self.err),
         }
     }
 
@@ -157,7 +158,7 @@ impl Guest {
             fence(Ordering::SeqCst);
             used = self.load(USED + 2);
             if used == self.used {
-                self.wait();
+                wait(&self.call);
                 used = self.load(USED + 2);
             }
         }
@@ -172,11 +173,22 @@ impl Guest {
         }
     }
 
-    fn wait(&self) {
-        let mut poll = libc::pollfd { fd: self.call.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one pollfd, ours.
-        let n = unsafe { libc::poll(&raw mut poll, 1, PATIENCE_MS) };
-        assert_eq!(n, 1, "no notification came");
-        self.call.read().unwrap();
+    /// Claims more than a ring holds.
+    pub fn lie(&mut self) {
+        self.store(AVAIL + 2, self.avail.wrapping_add(SIZE + 1));
+        self.kick.write(1).unwrap();
     }
+
+    /// Waits until the device has called the ring broken.
+    pub fn found_out(&self) {
+        wait(&self.err);
+    }
+}
+
+fn wait(event: &EventFd) {
+    let mut poll = libc::pollfd { fd: event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd, ours.
+    let n = unsafe { libc::poll(&raw mut poll, 1, PATIENCE_MS) };
+    assert_eq!(n, 1, "no notification came");
+    event.read().unwrap();
 }

@@ -7,6 +7,7 @@ pub mod sequence;
 pub mod strict;
 
 use std::io::Write;
+use std::sync::Mutex;
 
 use vhost_user_blk::mem::{IoVec, Sg};
 use vhost_user_blk::rt::{Buffer, WaitKind, uring_available};
@@ -145,9 +146,14 @@ impl Scatter {
     }
 }
 
-/// Says what this machine does not allow to test: past the harness, which shows nothing of tests that pass.
+/// Says, once, what this machine does not allow to test: past the harness, which shows nothing of tests that pass.
 pub fn not_tested(what: &str) {
-    writeln!(std::io::stderr(), "NOT TESTED: {what}").expect("stderr is open");
+    static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let mut said = SAID.lock().expect("no holder panics");
+    if !said.iter().any(|s| s == what) {
+        said.push(what.to_owned());
+        writeln!(std::io::stderr(), "NOT TESTED: {what}").expect("stderr is open");
+    }
 }
 
 /// The wait points of this machine. A kernel without io_uring, or one told to do without, has one.
