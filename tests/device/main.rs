@@ -1,0 +1,16 @@
+//! The whole device over a real socket, with a guest that is a library: requests, cache, queues, life cycle, hostile
+//! rings, engines. Every wait has a limit, and no sleep stands for one.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod cache;
+mod engines;
+mod hostile;
+mod hostile_requests;
+mod lifecycle;
+mod model;
+mod queues;
+mod requests;
+mod running;
+mod shapes;
