@@ -106,6 +106,9 @@ impl Slot {
     }
 
     fn cut_status(&mut self) -> Option<IoVec> {
+        if self.chain.cut {
+            return None;
+        }
         let n = self.chain.iov.len();
         let last = *self.chain.iov[self.chain.readable..].last()?;
         let (data, status) = (last.part(0, last.len() - 1), last.part(last.len() - 1, 1));

@@ -207,19 +207,41 @@ fn a_ring_without_kicks_is_served() {
     }
 }
 
+/// Nanoseconds that the thread of this name has run.
+fn ran(name: &str) -> u64 {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+    let read = |p: std::path::PathBuf| std::fs::read_to_string(p).unwrap_or_default();
+    let mut ours = tasks.filter(|t| read(t.path().join("comm")).trim() == name);
+    let stat = read(ours.next().expect("the thread is there").path().join("schedstat"));
+    stat.split(' ').next().unwrap().parse().unwrap()
+}
+
 /// A kick descriptor that nothing can wait for is no reason to fail, nor to burn a core.
 #[test]
 fn a_kick_that_cannot_be_waited_for() {
-    let disk = Disk::null(MIB, config());
+    let disk = Disk::null(MIB, ExportConfig { id: "oddkick".into(), ..config() });
     let mut client = disk.connect(small());
     let file = tempfile::tempfile().unwrap();
-    client.conn.set_vring_fd(req::SET_VRING_KICK, 0, Some(file.as_raw_fd())).unwrap();
-    let q = client.queue(0);
-    for _ in 0..50 {
-        let read = q.read_request(0, 512).unwrap();
-        q.push(read).unwrap();
-        q.ring().publish();
-        assert_eq!(q.wait().unwrap().status, Status::Ok);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(writer);
+    for kick in [file.as_raw_fd(), reader.as_raw_fd()] {
+        client.conn.set_vring_fd(req::SET_VRING_KICK, 0, Some(kick)).unwrap();
+        let q = client.queue(0);
+        for _ in 0..50 {
+            let read = q.read_request(0, 512).unwrap();
+            q.push(read).unwrap();
+            q.ring().publish();
+            if kick == reader.as_raw_fd() {
+                // The pipe's end was an event that will not come again.
+                continue;
+            }
+            assert_eq!(q.wait().unwrap().status, Status::Ok);
+        }
+        let (start, before) = (std::time::Instant::now(), ran("blk-oddkick-0"));
+        client.conn.expect_silence(Duration::from_millis(200)).unwrap();
+        let busy = Duration::from_nanos(ran("blk-oddkick-0") - before);
+        eprintln!("{busy:?} of {:?}", start.elapsed());
+        assert!(busy < start.elapsed() / 2, "{busy:?} of {:?} spent on nothing", start.elapsed());
     }
 }
 
