@@ -3,7 +3,7 @@
 //! A [`Node`] is QEMU's BlockDriverState: the generic block layer around one [`Driver`]. A request enters at the
 //! root node and takes one of two lanes:
 //!
-//! * **fast**: [`Node::map`] walks from the root to a leaf without waiting, locking or allocating, and answers
+//! * **fast**: [`Node::locate`] walks from the root to a leaf without waiting, locking or allocating, and answers
 //!   "these bytes are at this offset of this file" ([`Map::File`]); the worker hands that to the kernel itself;
 //! * **slow**: [`Node::submit`], plain `async` code, for everything else.
 //!
@@ -14,7 +14,10 @@
 //! 3. A future returned by `submit` is always driven to its end; it may borrow the operation's memory.
 //! 4. `submit` sees requests already checked: inside the node's size, aligned to its limits, not a write on a
 //!    read-only node. It may be called from several threads at once.
-//! 5. No lock is held across `.await`, unless it is one of [`crate::rt::sync`].
+//! 5. The descriptor number of a [`File`] is its identity for as long as the node lives: a file that is reopened in
+//!    another access mode keeps it (`dup3`). Nobody may remember the open file behind it (io_uring's registered
+//!    files would).
+//! 6. No lock is held across `.await`, unless it is one of [`crate::rt::sync`].
 #![deny(unsafe_code)]
 
 pub mod driver;

@@ -5,7 +5,7 @@
 //! turn, to poll its rings in between; [`block_on`] drives one for a single future.
 //!
 //! Operations are never abandoned: their memory belongs to a guest or to a buffer of the future that waits for them,
-//! so a future with an operation in the kernel must not be dropped ([`Operation`]'s drop ends the process).
+//! so a future with an operation in the kernel must not be dropped (`Operation`'s drop ends the process).
 //!
 //! Why not tokio-uring, glommio, monoio, compio: see the crate documentation.
 

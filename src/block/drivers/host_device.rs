@@ -54,7 +54,97 @@ fn add_queue_limits(device: &Path, limits: &mut Limits) {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+    use std::sync::Arc;
+
+    use serde_json::{Value, json};
+
     use super::*;
+    use crate::block::perm::Perms;
+    use crate::block::{Graph, Node, Op, ZeroFlags};
+    use crate::error::{Errno, Result};
+    use crate::rt;
+
+    /// A loop device over a file; detached when dropped.
+    struct Loop(String);
+
+    impl Loop {
+        /// `None` where the machine has no loop devices to give, or none for us.
+        fn over(path: &Path, read_only: &[&str]) -> Option<Loop> {
+            let mut losetup = Command::new("losetup");
+            let made = losetup.args(read_only).args(["-f", "--show"]).arg(path).output().ok()?;
+            let name = String::from_utf8(made.stdout).ok()?.trim().to_owned();
+            made.status.success().then_some(Loop(name))
+        }
+    }
+
+    impl Drop for Loop {
+        fn drop(&mut self) {
+            let _ = Command::new("losetup").args(["-d", &self.0]).status();
+        }
+    }
+
+    fn open_device(graph: &Graph, device: &str, more: Value) -> Result<Arc<Node>> {
+        let mut options = json!({
+            "driver": "host_device", "node-name": "d", "filename": device, "aio": "threads",
+        });
+        let (Value::Object(all), Value::Object(mut more)) = (&mut options, more) else {
+            panic!("options are objects")
+        };
+        all.append(&mut more);
+        graph.add(all.clone())
+    }
+
+    #[test]
+    fn a_loop_device_is_discarded_and_zeroed() {
+        let image = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        std::fs::write(image.path(), vec![7u8; 1 << 20]).unwrap();
+        let Some(device) = Loop::over(image.path(), &[]) else {
+            return eprintln!("no loop device: not tested");
+        };
+        for direct in [true, false] {
+            let graph = Graph::new();
+            let options = json!({ "cache": { "direct": direct }, "discard": "unmap" });
+            let node = open_device(&graph, &device.0, options).unwrap();
+            assert_eq!(node.len(), 1 << 20);
+            let limits = node.driver().limits();
+            assert!(limits.physical_block >= 512 && limits.discard_align >= 512, "{limits:?}");
+            let _writer = graph.attach_root(&node, "the test", Perms::device(true)).unwrap();
+            let run = |op| rt::block_on(node.driver().submit(op));
+            run(Op::Discard { offset: 0, len: 65536 }).unwrap();
+            let zeroes = |offset, flags| run(Op::WriteZeroes { offset, len: 65536, flags });
+            zeroes(65536, ZeroFlags::MAY_UNMAP).unwrap();
+            let plain = zeroes(131_072, ZeroFlags::empty());
+            assert_eq!(plain, if direct { Ok(()) } else { Err(Errno::ENOTSUP) });
+            run(Op::Flush).unwrap();
+            let bytes = std::fs::read(image.path()).unwrap();
+            assert!(bytes[..131_072].iter().all(|b| *b == 0));
+            assert!(bytes[196_608..].iter().all(|b| *b == 7));
+        }
+    }
+
+    #[test]
+    fn a_read_only_device_refuses_writers() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(1 << 20).unwrap();
+        let Some(device) = Loop::over(image.path(), &["-r"]) else {
+            return eprintln!("no loop device: not tested");
+        };
+        let text = "The device is not writable: Permission denied";
+        let error = open_device(&Graph::new(), &device.0, json!({})).map(|_| ()).unwrap_err();
+        assert_eq!(error.to_string(), text);
+        let graph = Graph::new();
+        let node = open_device(&graph, &device.0, json!({ "auto-read-only": true })).unwrap();
+        graph.attach_root(&node, "the test", Perms::device(false)).unwrap();
+        let error = graph.attach_root(&node, "the test", Perms::device(true)).map(|_| ());
+        assert_eq!(error.unwrap_err().to_string(), text);
+    }
+
+    #[test]
+    fn character_devices_are_taken_as_qemu_takes_them() {
+        let node = open_device(&Graph::new(), "/dev/null", json!({})).unwrap();
+        assert_eq!(node.len(), 0);
+    }
 
     #[test]
     fn limits_of_a_disk_and_its_partition() {

@@ -7,7 +7,7 @@ pub mod file;
 pub mod host_device;
 pub mod null;
 #[expect(unsafe_code, reason = "the wrappers over libc that drivers of files need")]
-mod posix;
+pub(super) mod posix;
 pub mod raw;
 
 /// All drivers.

@@ -43,6 +43,10 @@ fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
     let edge = args.open_child("file", role)?;
     let offset = offset.unwrap_or(0);
     check_window(edge.node.len(), offset, size)?;
+    if offset > 0 {
+        // What is aligned here is only as aligned as the offset in the child.
+        edge.node.expect_ragged_writes(1 << offset.trailing_zeros().min(30));
+    }
     Ok(Box::new(Raw { edges: [edge], offset, size }))
 }
 

@@ -6,7 +6,7 @@
 //! lanes that know the number notice nothing. Lock held: `state`, on the control thread only.
 #![forbid(unsafe_code)]
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -48,7 +48,7 @@ impl How {
     /// Opens the file that `fd` is again, in another access mode: the same file even if its name means another by
     /// now. Without /proc, by name.
     fn open_again(&self, fd: RawFd, writable: bool) -> Result<File> {
-        match self.options(writable).open(format!("/proc/self/fd/{fd}")) {
+        match self.try_open(&format!("/proc/self/fd/{fd}"), writable) {
             Ok(file) => self.check(file, writable),
             Err(e) if e.kind() == ErrorKind::NotFound => self.open_path(&self.filename, writable),
             Err(e) => Err(self.cannot_open(Errno::from(e))),
@@ -56,7 +56,7 @@ impl How {
     }
 
     fn open_path(&self, path: &str, writable: bool) -> Result<File> {
-        match self.options(writable).open(path) {
+        match self.try_open(path, writable) {
             Ok(file) => self.check(file, writable),
             Err(e) if self.direct && e.raw_os_error() == Some(libc::EINVAL) => Err(err!(
                 "Could not open '{}': filesystem does not support O_DIRECT",
@@ -66,15 +66,17 @@ impl How {
         }
     }
 
-    fn options(&self, writable: bool) -> OpenOptions {
-        // O_NONBLOCK: opening a FIFO by mistake must not wait for ever.
-        let mut flags = libc::O_NOCTTY | libc::O_NONBLOCK;
-        if self.direct {
-            flags |= libc::O_DIRECT;
+    /// O_NONBLOCK first: opening a FIFO by mistake must not wait for ever. A file under a lease wants to be waited for.
+    fn try_open(&self, path: &str, writable: bool) -> std::io::Result<File> {
+        let direct = if self.direct { libc::O_DIRECT } else { 0 };
+        let open = |more| {
+            let flags = libc::O_NOCTTY | direct | more;
+            File::options().read(true).write(writable).custom_flags(flags).open(path)
+        };
+        match open(libc::O_NONBLOCK) {
+            Err(e) if e.kind() == ErrorKind::WouldBlock => open(0),
+            result => result,
         }
-        let mut options = File::options();
-        options.read(true).write(writable).custom_flags(flags);
-        options
     }
 
     fn check(&self, file: File, writable: bool) -> Result<File> {

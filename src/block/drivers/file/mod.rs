@@ -184,16 +184,4 @@ fn engine(asked: Option<Engine>, uring: impl FnOnce() -> std::result::Result<(),
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn engines_fall_back() {
-        let no = || Err(Errno::EPERM);
-        assert_eq!(engine(None, || Ok(())), Engine::IoUring);
-        assert_eq!(engine(None, no), Engine::Threads);
-        assert_eq!(engine(Some(Engine::IoUring), no), Engine::Threads);
-        assert_eq!(engine(Some(Engine::Native), no), Engine::Native);
-        assert_eq!(engine(Some(Engine::Threads), || Ok(())), Engine::Threads);
-    }
-}
+mod tests;
