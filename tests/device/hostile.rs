@@ -277,7 +277,7 @@ fn scribble(ring: &RingMem, scratch: &Buf, random: &mut Random) {
     let place = |random: &mut Random| match random.below(40) {
         0 => random.next(),
         1 => NOWHERE,
-        2 => scratch.gpa() + scratch.len() as u64 - 1,
+        2 => scratch.gpa() + (8 << 20) - random.below(1 << 20),
         3 => ring.used.gpa() + random.below(64),
         // Whole entries of 16 bytes: what is read as a descriptor was written as one.
         _ => scratch.gpa() + 16 * random.below(1 << 15),
