@@ -82,16 +82,30 @@ impl Shared {
 
     /// Logs a failed request, not more than one a second.
     fn report(&self, what: &str, offset: u64, len: u64, e: Errno) {
-        let now = Instant::now();
-        let mut last = lock(&self.reported);
-        if last.is_none_or(|t| now - t >= FAILURE_REPORT) {
-            *last = Some(now);
+        if self.may_report() {
             let node = self.root.name();
             log::error!(
                 "export '{}': node '{node}': {what} of {len} bytes at {offset}: {e}",
                 self.id
             );
         }
+    }
+
+    /// Logs a request that is none, likewise: a guest must not be able to fill a disk with our log.
+    fn report_malformed(&self, queue: u16, why: &str) {
+        if self.may_report() {
+            log::warn!("export '{}': queue {queue}: malformed request: {why}", self.id);
+        }
+    }
+
+    fn may_report(&self) -> bool {
+        let now = Instant::now();
+        let mut last = lock(&self.reported);
+        let may = last.is_none_or(|t| now - t >= FAILURE_REPORT);
+        if may {
+            *last = Some(now);
+        }
+        may
     }
 }
 

@@ -149,6 +149,9 @@ impl Queue {
         let action = slot.parse(&disk).map_err(Broken)?;
         slot.busy = true;
         self.in_flight += 1;
+        if let Some(why) = slot.chain.bad {
+            shared.report_malformed(self.index, why);
+        }
         match action {
             Action::Finished(status) => self.finish(head, status),
             Action::Transfer { write, offset } => {

@@ -84,7 +84,8 @@ impl Slot {
         }
     }
 
-    /// Splits the chain into header, data and status, reads the header and checks the request.
+    /// Splits the chain into header, data and status, reads the header and checks the request. One that cannot be served
+    /// for its shape is finished, and `chain.bad` says why.
     ///
     /// # Errors
     /// A reason, if there is no status byte to answer with.
@@ -99,7 +100,7 @@ impl Slot {
         match (self.chain.bad, header) {
             (None, Some(header)) => Ok(self.check(header, disk)),
             (bad, _) => {
-                log::warn!("malformed request: {}", bad.unwrap_or("no complete header"));
+                self.chain.bad = bad.or(Some("no complete header"));
                 Ok(Action::Finished(Status::IoErr))
             }
         }

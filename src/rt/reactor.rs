@@ -66,6 +66,8 @@ pub struct Reactor {
     generation: u64,
     in_flight: usize,
     refused: Vec<(u64, i32)>,
+    /// Watches that the kernel has ended by itself: descriptors and tokens.
+    rearm: Vec<(RawFd, u64)>,
 }
 
 /// The payload of the watches that belong to the reactor itself.
@@ -93,6 +95,7 @@ impl Reactor {
             generation: 0,
             in_flight: 0,
             refused: Vec::new(),
+            rearm: Vec::new(),
         };
         reactor.watch(bell, INTERNAL)?;
         Ok(reactor)
@@ -201,7 +204,12 @@ impl Reactor {
         // Generation above, key below: an event of an ended watch is told from one of its slot's next user.
         let token = token(Kind::Watch, (self.generation << 20 | key as u64) & TOKEN_BITS);
         match &mut self.wait {
-            Wait::Uring(ring) => ring.push_poll(fd, token),
+            Wait::Uring(ring) => {
+                // An io_uring takes descriptors that cannot be waited for (files) too, and finds them ready for ever:
+                // epoll refuses them.
+                Epoll::new()?.add(fd, token)?;
+                ring.push_poll(fd, token);
+            }
             Wait::Epoll(epoll) => epoll.add(fd, token)?,
         }
         entry.insert(Watch { fd, payload, token });
@@ -242,8 +250,7 @@ impl Reactor {
     /// Takes all completions and events: those of the thread's own program are appended to `to`, tasks are woken.
     #[inline]
     pub fn reap(&mut self, to: &mut Vec<Event>) {
-        let Reactor { wait, aio, ops, watches, in_flight, refused, .. } = self;
-        let mut rearm = None;
+        let Reactor { wait, aio, ops, watches, in_flight, refused, rearm, .. } = self;
         match wait {
             Wait::Uring(ring) => ring.reap(|token, result, more| {
                 if is_request(token) {
@@ -251,7 +258,7 @@ impl Reactor {
                 } else if let Some(watch) = ready(watches, token, to)
                     && !more
                 {
-                    rearm = Some((watch.fd, token));
+                    rearm.push((watch.fd, token));
                 }
             }),
             Wait::Epoll(epoll) => epoll.take(|token| {
@@ -264,10 +271,9 @@ impl Reactor {
         for (token, result) in refused.drain(..) {
             complete(ops, in_flight, token, result, to);
         }
-        // The kernel may end a multishot poll (completion queue full): it is set again. Rare, so one a turn will do,
-        // because the others are told again by a spurious look at their rings.
-        if let (Some((fd, token)), Wait::Uring(ring)) = (rearm, &mut self.wait) {
-            ring.push_poll(fd, token);
+        // The kernel may end multishot polls (completion queue full): they are set again.
+        if let Wait::Uring(ring) = &mut self.wait {
+            self.rearm.drain(..).for_each(|(fd, token)| ring.push_poll(fd, token));
         }
     }
 

@@ -16,6 +16,7 @@ use vhost_user_blk::vhost_user::{Endpoint, Server};
 use vub_client::{Client, Options};
 
 pub mod probe;
+pub mod program;
 
 /// Limit of every wait of this side.
 pub const LIMIT: Duration = Duration::from_secs(20);
