@@ -1,5 +1,6 @@
 //! The built program over its socket: what it costs when nothing happens, that nothing grows, that nothing a guest does
 //! ends it.
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
 mod common;
 

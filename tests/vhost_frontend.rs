@@ -1,10 +1,13 @@
 //! The handshake of rust-vmm's front end (crate `vhost`), which cloud-hypervisor and StratoVirt build on.
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
 mod common;
 
 use std::os::fd::AsRawFd;
 
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;

@@ -1,4 +1,5 @@
 //! A second guest, written by others: the crate `virtio-driver`, over its own vhost-user front end.
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
 mod common;
 
@@ -6,9 +7,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use virtio_driver::{
-    EventFd, VhostUser, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags,
-};
+use virtio_driver::{EventFd, VhostUser, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags};
 use vub_client::GuestMem;
 
 use common::{Disk, ENGINES, FileDisk, LIMIT, MIB, Random, config};
@@ -66,7 +65,8 @@ impl Guest {
             q.set_used_notif_enabled(true);
             done.extend(q.completions().map(|c| (c.context, c.ret)));
             let fd = [call.as_raw_fd()];
-            if done.len() < n && vub_client::sys::wait_readable(&fd, Duration::from_secs(1)).unwrap()
+            if done.len() < n
+                && vub_client::sys::wait_readable(&fd, Duration::from_secs(1)).unwrap()
             {
                 call.read().unwrap();
             }

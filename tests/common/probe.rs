@@ -112,8 +112,7 @@ impl Probe {
     /// Waits until `n` are held.
     pub fn wait_held(&self, n: usize) {
         let state = self.lock();
-        let (state, late) =
-            self.changed.wait_timeout_while(state, LIMIT, |s| s.held < n).unwrap();
+        let (state, late) = self.changed.wait_timeout_while(state, LIMIT, |s| s.held < n).unwrap();
         assert!(!late.timed_out(), "only {} of {n} requests came", state.held);
     }
 
@@ -194,10 +193,7 @@ static DRIVERS: &[&DriverDef] = &[&PROBE];
 static PROBE: DriverDef = DriverDef {
     name: "probe",
     kind: DriverKind::Protocol,
-    options: &[
-        OptionSpec::required("key", Kind::Str),
-        OptionSpec::optional("fast", Kind::Bool),
-    ],
+    options: &[OptionSpec::required("key", Kind::Str), OptionSpec::optional("fast", Kind::Bool)],
     open,
     child_perms: default_child_perms,
 };

@@ -177,3 +177,16 @@ fn stable_writes_leave_no_dirty_page() {
         assert_eq!(unstable_pages(&path), 0, "{aio}: a disconnect");
     }
 }
+
+#[test]
+fn guests_that_cannot_flush_leave_no_dirty_page() {
+    for aio in ["threads", "io_uring"] {
+        let file = FileDisk::new(MIB, Engine { aio, direct: false }, config());
+        let want_features = vub_client::KNOWN_FEATURES & !(1 << vb::VIRTIO_BLK_F_FLUSH);
+        let mut client = file.disk.connect(Options { want_features, ..small() });
+        for i in 0..20 {
+            client.queue(0).write(i * 64, &[9; 8192]).unwrap();
+            assert_eq!(unstable_pages(&file.image.path()), 0, "{aio}: write {i}");
+        }
+    }
+}

@@ -135,10 +135,8 @@ fn revive(client: &mut Client, base: u16) {
 #[test]
 fn a_lie_breaks_its_queue_only() {
     let disk = Disk::null(MIB, config());
-    let other_disk = Disk::null(MIB, vhost_user_blk::export::ExportConfig {
-        id: "other".into(),
-        ..config()
-    });
+    let other_disk =
+        Disk::null(MIB, vhost_user_blk::export::ExportConfig { id: "other".into(), ..config() });
     let mut other_guest = other_disk.connect(small());
     let mut client = disk.connect(options());
     for (i, (lie, tell)) in LIES.iter().enumerate() {

@@ -156,7 +156,8 @@ fn drains(fast: bool, how: How) {
     }
     // The session answers, so it has done all that it wants to do; then it ends.
     busy.client.conn.get_u64(req::GET_FEATURES).unwrap();
-    let before = before.filter(|_| !matches!(how, How::SetFeatures | How::MemTable | How::RemoveOtherRegion));
+    let before = before
+        .filter(|_| !matches!(how, How::SetFeatures | How::MemTable | How::RemoveOtherRegion));
     if let Some(before) = before {
         busy.client.hang_up().unwrap();
         Conn::connect(busy.disk.path()).unwrap().get_u64(req::GET_FEATURES).unwrap();

@@ -1,5 +1,6 @@
 //! The whole device over a real socket, with a guest that is a library: requests, cache, queues, life cycle, hostile
 //! rings, engines. Every wait has a limit, and no sleep stands for one.
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -77,9 +77,8 @@ impl Model {
 
     fn may_be(&self, sector: u64, version: u64, begun: u64, ended: u64) -> bool {
         let changes = self.slots(sector, 1)[0].lock().unwrap();
-        let hidden = |c: &Change| {
-            changes.iter().any(|w| !w.vague && w.start > c.end && w.end < begun)
-        };
+        let hidden =
+            |c: &Change| changes.iter().any(|w| !w.vague && w.start > c.end && w.end < begun);
         changes.iter().any(|c| c.version == version && c.start < ended && !hidden(c))
     }
 

@@ -5,7 +5,7 @@ use std::thread;
 use vhost_user_blk::export::ExportConfig;
 use vub_client::{Base, Client, Options};
 
-use crate::common::{ENGINES, Engine, FileDisk, Image, LIMIT, Disk, config};
+use crate::common::{Disk, ENGINES, Engine, FileDisk, Image, LIMIT, config};
 use crate::model::Model;
 
 const SECTORS: u64 = 512;
@@ -80,7 +80,8 @@ fn sixteen_queues_of_sixteen_workers() {
 
 #[test]
 fn more_queues_offered_than_used() {
-    let file = FileDisk::new(SECTORS * 512, ENGINES[2], ExportConfig { num_queues: 16, ..config() });
+    let file =
+        FileDisk::new(SECTORS * 512, ENGINES[2], ExportConfig { num_queues: 16, ..config() });
     let mut client = file.disk.connect(options(3, 0));
     assert_eq!(client.queue_num(), 16);
     assert_eq!(client.config().num_queues(), 16);
@@ -151,10 +152,8 @@ fn requests_wait_for_a_stopped_ring() {
 #[test]
 fn two_exports_of_one_graph() {
     let images = [Image::new(SECTORS * 512), Image::new(SECTORS * 512)];
-    let disks: Vec<Disk> = images
-        .iter()
-        .map(|image| Disk::of(image.options(ENGINES[2], "unmap"), config()))
-        .collect();
+    let disks: Vec<Disk> =
+        images.iter().map(|image| Disk::of(image.options(ENGINES[2], "unmap"), config())).collect();
     let models = [Model::new(SECTORS), Model::new(SECTORS)];
     thread::scope(|s| {
         for (i, (disk, model)) in disks.iter().zip(&models).enumerate() {

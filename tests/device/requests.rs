@@ -164,8 +164,7 @@ fn discards_and_zeroes_reach_the_file() {
 #[test]
 fn blocks_of_4096_bytes() {
     for engine in ENGINES {
-        let config =
-            vhost_user_blk::export::ExportConfig { logical_block_size: 4096, ..config() };
+        let config = vhost_user_blk::export::ExportConfig { logical_block_size: 4096, ..config() };
         let file = FileDisk::new(MIB, engine, config);
         let mut client = file.disk.connect(small());
         assert_eq!(client.config().blk_size(), 4096);
