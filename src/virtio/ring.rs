@@ -149,11 +149,10 @@ impl Ring {
         }
         let n = u64::from(self.size);
         let at = |addr, len, align| map.translate_user(addr, len, align).ok_or(Errno::EINVAL);
-        // VIRTIO 1.3, 2.7: sizes and alignments of the three parts; the event fields are there with EVENT_IDX only.
-        let rest = if self.event_idx { 6 } else { 4 };
+        // VIRTIO 1.3, 2.7: sizes and alignments of the three parts, with the two event fields.
         let desc = at(self.addrs.desc, DESC_SIZE * n, 16)?;
-        let avail = at(self.addrs.avail, rest + 2 * n, 2)?;
-        let used = at(self.addrs.used, rest + 8 * n, 4)?;
+        let avail = at(self.addrs.avail, 6 + 2 * n, 2)?;
+        let used = at(self.addrs.used, 6 + 8 * n, 4)?;
         self.desc = desc.cast_const().cast();
         self.avail = avail.cast();
         self.used = used.cast();

@@ -5,7 +5,6 @@ use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_blk as vb;
 use vub_client::blk::Request;
-use vub_client::proto::req;
 use vub_client::ring::Seg;
 use vub_client::{Buf, Client, Layout, Options, Queue, Status};
 
@@ -249,32 +248,6 @@ fn buffers_across_memory_regions() {
         let mut back = vec![0; data.len()];
         q.read(0, &mut back).unwrap();
         assert!(back == data);
-    }
-}
-
-/// Without EVENT_IDX a ring ends before the event fields, and memory may end there, too.
-#[test]
-fn rings_at_the_end_of_memory() {
-    let disk = Disk::null(MIB, config());
-    let mut client = disk.connect(Options { event_idx: false, mem_regions: 2, ..small() });
-    let (info, _) = client.mem().regions().swap_remove(1);
-    let at = |from_end: u64| info.user_addr + info.len - from_end;
-    for (avail, used) in [(at(4096), at(4 + 8 * 64)), (at(4 + 2 * 64), at(4096))] {
-        client.stop_queue(0).unwrap();
-        client.set_base(0, vub_client::Base::At(0));
-        client.conn.set_vring(req::SET_VRING_NUM, 0, 64).unwrap();
-        client.conn.set_vring(req::SET_VRING_BASE, 0, 0).unwrap();
-        let body = vub_client::proto::vring_addr(0, 0, at(65536), used, avail, 0);
-        client.conn.set(req::SET_VRING_ADDR, &body, &[]).unwrap();
-        client.conn.set_vring_fd(req::SET_VRING_KICK, 0, None).unwrap();
-        client.conn.set_vring(req::SET_VRING_ENABLE, 0, 1).unwrap();
-        // One chain that breaks the ring shows that it runs.
-        let gpa = avail - info.user_addr + info.gpa;
-        let ring = client.mem().view(gpa, 4 + 2 * 64).unwrap();
-        ring.u16_at(4).store(64, Ordering::Release);
-        ring.u16_at(2).store(1, Ordering::Release);
-        client.queue(0).wait_err().unwrap();
-        ring.u16_at(2).store(0, Ordering::Release);
     }
 }
 
