@@ -174,6 +174,21 @@ fn socket_option(fd: BorrowedFd<'_>, option: libc::c_int) -> io::Result<libc::c_
     Ok(value)
 }
 
+/// Makes reads and writes of `fd` fail with EAGAIN rather than wait (for all who share the open file).
+///
+/// # Errors
+/// What the kernel says.
+pub fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: no pointers; the descriptor is borrowed for the calls.
+    let rc = unsafe {
+        match libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) {
+            -1 => -1,
+            flags => libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK),
+        }
+    };
+    if rc == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Whether `fd`, a socket, listens.
 ///
 /// # Errors

@@ -4,15 +4,15 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-mod common;
+mod drivers;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use common::bed::{Layout, Loop, Setup, directory, image};
-use common::sequence::Run;
-use common::{Rng, Scatter, assert_same, strict, waits};
+use drivers::bed::{Layout, Loop, Setup, directory, image};
+use drivers::sequence::Run;
+use drivers::{Rng, Scatter, assert_same, strict, waits};
 use serde_json::{Value, json};
 use vhost_user_blk::block::{Graph, Node, Op, WriteFlags, ZeroFlags};
 use vhost_user_blk::error::Errno;

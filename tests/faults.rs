@@ -2,14 +2,14 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-mod common;
+mod drivers;
 
 use std::fs::File;
 use std::process::Command;
 
-use common::bed::{Disk, Layout, Loop, Setup, TinyTmpfs, directory};
-use common::guest::{DATA, FEATURES, Guest};
-use common::{assert_same, waits};
+use drivers::bed::{Disk, Layout, Loop, Setup, TinyTmpfs, directory};
+use drivers::guest::{DATA, FEATURES, Guest};
+use drivers::{assert_same, waits};
 use serde_json::{Value, json};
 use vhost_user_blk::block::{Graph, Op, WriteFlags, ZeroFlags};
 use vhost_user_blk::error::Errno;

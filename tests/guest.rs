@@ -30,7 +30,7 @@ struct Served {
 impl Served {
     /// Serves a fresh raw image of `mib` MiB: `file` options, then `export` options.
     fn start(mib: u64, file: &str, export: &str) -> Served {
-        let dir = tempfile::tempdir_in(root().join("target")).unwrap();
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let image = dir.path().join("disk.raw");
         std::fs::File::create(&image).unwrap().set_len(mib << 20).unwrap();
         let socket = dir.path().join("disk.sock");

@@ -2,16 +2,16 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-mod common;
+mod drivers;
 
 use std::alloc::{GlobalAlloc, Layout as Shape, System};
 use std::cell::Cell;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use common::bed::directory;
-use common::guest::{DATA, FEATURES, Guest, SLOTS};
-use common::{Rng, not_tested};
+use drivers::bed::directory;
+use drivers::guest::{DATA, FEATURES, Guest, SLOTS};
+use drivers::{Rng, not_tested};
 use serde_json::{Value, json};
 use vhost_user_blk::block::Graph;
 use vhost_user_blk::export::{Export, ExportConfig};

@@ -18,7 +18,7 @@ use crate::rt::sync::{RangeGuard, RangeLock};
 use crate::rt::{Buffer, File};
 
 /// The largest bounce buffer, and the largest piece in which zeroes are written as data.
-const BOUNCE_MAX: u64 = 1 << 20;
+pub const BOUNCE_MAX: u64 = 1 << 20;
 /// The most nodes between a root and a leaf that the fast lane walks: deeper graphs are served by the slow lane.
 const FAST_DEPTH: usize = 16;
 

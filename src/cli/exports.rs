@@ -37,6 +37,17 @@ struct Running {
     place: Option<Place>,
 }
 
+impl Running {
+    /// Ends its connection, then the export. Whether everything is stable.
+    fn stop(&mut self) -> bool {
+        self.endpoint = None;
+        if let Some(server) = self.server.take() {
+            server.stop();
+        }
+        self.export.close()
+    }
+}
+
 /// All exports.
 #[derive(Default)]
 pub struct Exports {
@@ -281,16 +292,16 @@ impl Exports {
 
     /// Ends all connections, then all exports: requests in flight are finished and everything is flushed. The sockets
     /// stay where they are until the exports are dropped.
-    pub fn stop(&mut self) {
-        for running in &mut self.list {
-            running.endpoint = None;
-            if let Some(server) = running.server.take() {
-                server.stop();
-            }
-        }
-        for running in &self.list {
-            running.export.close();
-        }
+    ///
+    /// All at the same time: a disk that hangs keeps no other from being flushed. Whether all were.
+    pub fn stop(&mut self) -> bool {
+        std::thread::scope(|scope| {
+            let stopping: Vec<_> = self.list.iter_mut().map(|r| scope.spawn(|| r.stop())).collect();
+            // All are joined before the answer is looked at.
+            let flushed: Vec<bool> =
+                stopping.into_iter().map(|t| t.join().unwrap_or(false)).collect();
+            flushed.into_iter().all(|f| f)
+        })
     }
 
     /// Removes the sockets, as far as they are ours, and forgets the exports.

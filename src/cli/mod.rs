@@ -72,10 +72,28 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
     let mut session = Session::new();
     let mut pidfile = None;
     let result = serve(&mut session, &mut pidfile, &settings, background, &signals);
-    session.close();
+    end_at_once_if_told_again(signals);
+    let flushed = session.close();
     // The last trace of the process, for who waits for it.
     drop(pidfile);
-    result
+    match result {
+        Ok(_) if !flushed => Ok(ExitCode::FAILURE),
+        result => result,
+    }
+}
+
+/// Draining waits for the disk, and a disk may hang: a second signal ends the process without it. What is left behind (a
+/// socket, a pidfile without its lock) does not hinder the next start.
+fn end_at_once_if_told_again(signals: Signals) {
+    let watch = move || {
+        if let Ok(signal) = signals.wait() {
+            log::error!("signal {signal} again: ending without finishing requests");
+            sys::exit_now(1);
+        }
+    };
+    if let Err(e) = std::thread::Builder::new().name("signals".into()).spawn(watch) {
+        log::warn!("a second signal will not be heard: {e}");
+    }
 }
 
 /// Everything between the first node and the signal to stop. What it makes outlives it, whatever happens.

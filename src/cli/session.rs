@@ -173,10 +173,13 @@ impl Session {
     }
 
     /// Ends everything in order: connections, exports, nodes, and then the sockets' names.
-    pub fn close(mut self) {
-        self.exports.stop();
+    ///
+    /// Whether everything that guests wrote is stable.
+    pub fn close(mut self) -> bool {
+        let flushed = self.exports.stop();
         self.graph.close();
         self.exports.remove_sockets();
+        flushed
     }
 }
 

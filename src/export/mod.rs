@@ -30,6 +30,7 @@ mod request;
 mod worker;
 
 use queue::Queue;
+use request::Doing;
 use worker::Command;
 
 /// How often a drain that takes long is reported.
@@ -81,17 +82,32 @@ impl Shared {
     }
 
     /// Logs a failed request, not more than one a second.
-    fn report(&self, what: &str, offset: u64, len: u64, e: Errno) {
-        let now = Instant::now();
-        let mut last = lock(&self.reported);
-        if last.is_none_or(|t| now - t >= FAILURE_REPORT) {
-            *last = Some(now);
+    fn report(&self, doing: &Doing, e: Errno) {
+        if self.may_report() {
+            let Doing { what, offset, len, .. } = doing;
             let node = self.root.name();
             log::error!(
                 "export '{}': node '{node}': {what} of {len} bytes at {offset}: {e}",
                 self.id
             );
         }
+    }
+
+    /// Logs a request that is none, likewise: a guest must not be able to fill a disk with our log.
+    fn report_malformed(&self, queue: u16, why: &str) {
+        if self.may_report() {
+            log::warn!("export '{}': queue {queue}: malformed request: {why}", self.id);
+        }
+    }
+
+    fn may_report(&self) -> bool {
+        let now = Instant::now();
+        let mut last = lock(&self.reported);
+        let may = last.is_none_or(|t| now - t >= FAILURE_REPORT);
+        if may {
+            *last = Some(now);
+        }
+        may
     }
 }
 
@@ -167,7 +183,11 @@ impl Export {
     }
 
     /// Stops all queues (drained), ends the workers, flushes the root node and gives up the permissions on it.
-    pub fn close(&self) {
+    /// Whether everything that was written is stable. Closing again does nothing.
+    pub fn close(&self) -> bool {
+        if lock(&self.state).user.is_none() {
+            return true;
+        }
         let count = lock(&self.state).running.len();
         for index in 0..u16::try_from(count).unwrap_or(u16::MAX) {
             self.stop_queue(index);
@@ -180,21 +200,26 @@ impl Export {
                 log::error!("export '{}': a worker panicked", self.id());
             }
         }
-        self.flush();
+        let flushed = self.flush();
         let user = lock(&self.state).user.take();
         if let Some(user) = user {
             self.graph.detach(user);
         }
+        flushed
     }
 
-    /// Makes everything stable that was written; a failure is logged.
-    fn flush(&self) {
+    /// Makes everything stable that was written. Whether that worked; a failure is logged.
+    fn flush(&self) -> bool {
         if self.shared.geometry.read_only {
-            return;
+            return true;
         }
-        if let Err(e) = rt::block_on(self.shared.root.submit(Op::Flush)) {
+        // No descriptors left is an error like any other here.
+        let flushed =
+            rt::try_block_on(self.shared.root.submit(Op::Flush)).and_then(|result| result);
+        if let Err(e) = flushed {
             log::error!("export '{}': flush: {e}", self.id());
         }
+        flushed.is_ok()
     }
 
     /// The mailbox of the worker that serves queue `index`; started if `start`.

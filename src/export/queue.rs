@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
@@ -15,6 +15,9 @@ use crate::mem::{GuestMap, Sg};
 use crate::rt::{IOV_MAX, Reactor, Rw};
 use crate::virtio::blk::Status;
 use crate::virtio::ring::{Broken, Ring};
+
+/// The longest read of zeroes that is served on the spot, in bytes; longer ones take turns with others.
+const ZERO_MAX: u64 = 256 << 10;
 
 /// Whether a queue takes requests.
 enum State {
@@ -70,8 +73,8 @@ impl Queue {
             in_flight: 0,
             state: State::Running,
             kick,
-            call: call.map(File::from),
-            err: err.map(File::from),
+            call: call.map(notifier),
+            err: err.map(notifier),
             watch: None,
             write_through,
         }
@@ -84,13 +87,13 @@ impl Queue {
 
     /// Replaces the call descriptor; a notification that the old one may have lost is repeated.
     pub fn set_call(&mut self, call: Option<OwnedFd>) {
-        self.call = call.map(File::from);
+        self.call = call.map(notifier);
         self.notify();
     }
 
     /// Replaces the error descriptor.
     pub fn set_err(&mut self, err: Option<OwnedFd>) {
-        self.err = err.map(File::from);
+        self.err = err.map(notifier);
     }
 
     /// Whether nothing of the guest's memory is in use.
@@ -149,6 +152,9 @@ impl Queue {
         let action = slot.parse(&disk).map_err(Broken)?;
         slot.busy = true;
         self.in_flight += 1;
+        if let Some(why) = slot.chain.bad {
+            shared.report_malformed(self.index, why);
+        }
         match action {
             Action::Finished(status) => self.finish(head, status),
             Action::Transfer { write, offset } => {
@@ -190,7 +196,7 @@ impl Queue {
                 slot.transfer = Some((write, offset, expected));
                 return true;
             }
-            Map::Zero if !write => Sg::new(data).zero(),
+            Map::Zero if !write && len <= ZERO_MAX => Sg::new(data).zero(),
             Map::Null => {}
             _ => return false,
         }
@@ -198,12 +204,14 @@ impl Queue {
         true
     }
 
-    fn slow(&self, head: u16, action: Action) -> Slow {
+    fn slow(&mut self, head: u16, action: Action) -> Slow {
+        let slot = &mut self.slots[usize::from(head)];
         let write = matches!(action, Action::Transfer { write: true, .. });
         let iov = match action {
-            Action::Transfer { .. } => self.slots[usize::from(head)].data(write).to_vec(),
+            Action::Transfer { .. } => slot.data(write).to_vec(),
             _ => Vec::new(),
         };
+        slot.doing = action.describe(iov.iter().map(|v| v.len() as u64).sum());
         Slow {
             root: Arc::clone(&self.shared.root),
             map: Arc::clone(self.ring.map()),
@@ -213,22 +221,14 @@ impl Queue {
         }
     }
 
-    /// The kernel's answer to a fast-lane request. A transfer that was cut short (end of file, signal) is done again in the
-    /// slow lane, which knows what to make of it.
+    /// The kernel's answer to a fast-lane request. A transfer that failed or was cut short (end of file, signal) is done again
+    /// in the slow lane, which knows what to make of it; an error of a stable write must be seen by the driver.
     #[inline]
     pub fn fast_done(&mut self, head: u16, result: i32) -> Option<Slow> {
-        let transfer = self.slots[usize::from(head)].transfer.take();
-        match transfer {
+        match self.slots[usize::from(head)].transfer.take() {
             Some((_, _, len)) if result == len => self.finish(head, Status::Ok),
-            Some((write, offset, _))
-                if result >= 0 || matches!(-result, libc::EAGAIN | libc::EINTR) =>
-            {
+            Some((write, offset, _)) => {
                 return Some(self.slow(head, Action::Transfer { write, offset }));
-            }
-            Some((write, offset, len)) => {
-                let what = if write { "write" } else { "read" };
-                self.shared.report(what, offset, len.unsigned_abs().into(), Errno(-result));
-                self.finish(head, Status::IoErr);
             }
             None => self.finish(head, Status::IoErr),
         }
@@ -237,11 +237,12 @@ impl Queue {
 
     /// The slow lane's answer.
     pub fn slow_done(&mut self, head: u16, result: Result<(), Errno>) {
+        let doing = self.slots[usize::from(head)].doing;
         let status = match result {
             Ok(()) => Status::Ok,
-            Err(Errno::ENOTSUP) => Status::Unsupp,
+            Err(Errno::ENOTSUP) if doing.optional => Status::Unsupp,
             Err(e) => {
-                self.shared.report("request", 0, 0, e);
+                self.shared.report(&doing, e);
                 Status::IoErr
             }
         };
@@ -269,6 +270,12 @@ impl Queue {
         if let Some(call) = &self.call {
             signal(call);
         }
+    }
+
+    /// Leaves the rings to another device: it may not know how to ask for kicks.
+    pub fn leave(&mut self) {
+        self.ring.arm_kick();
+        self.publish();
     }
 
     /// Asks for kicks, before the worker sleeps.
@@ -325,6 +332,14 @@ pub fn payload(queue: u16, head: u16) -> u64 {
 #[expect(clippy::cast_possible_truncation, reason = "made by `payload`")]
 pub fn from_payload(payload: u64) -> (u16, u16) {
     ((payload >> 16) as u16, payload as u16)
+}
+
+/// A descriptor for notifications. It must not block: a worker would wait for whoever holds the other end.
+fn notifier(fd: OwnedFd) -> File {
+    if let Err(e) = crate::sys::set_nonblocking(fd.as_fd()) {
+        log::warn!("a descriptor for notifications: {e}");
+    }
+    File::from(fd)
 }
 
 /// Adds 1 to an event descriptor of the front end's; a full counter means that it has been told already.

@@ -12,14 +12,18 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
+use crate::block::io::BOUNCE_MAX as BOUNCE;
 use crate::block::{Node, Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
 use crate::mem::{GuestMap, IoVec, Sg};
 use crate::virtio::blk::{
-    self, HEADER_LEN, Header, SECTOR, SEGMENT_LEN, SEGMENT_SECTORS_MAX, SEGMENTS_MAX, Segment,
-    Status,
+    self, DISCARD_SECTORS_MAX, DISCARD_SEGMENTS_MAX, HEADER_LEN, Header, SECTOR, SEGMENT_LEN,
+    Segment, Status, ZEROES_SECTORS_MAX, ZEROES_SEGMENTS_MAX,
 };
 use crate::virtio::ring::Chain;
+
+/// The most memory that one request takes, beside the guest's.
+const BOUNCE_MAX: usize = BOUNCE as usize;
 
 /// What a request asks for, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +46,38 @@ pub enum Action {
     },
     /// Done already, with this status.
     Finished(Status),
+}
+
+/// A request, for messages.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Doing {
+    /// What is done.
+    pub what: &'static str,
+    /// First byte.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// A device that cannot do it says so (VIRTIO_BLK_S_UNSUPP) rather than failing.
+    pub optional: bool,
+}
+
+impl Action {
+    /// What it does; a transfer is of `len` bytes.
+    pub fn describe(&self, len: u64) -> Doing {
+        match self {
+            Action::Transfer { write, offset } => {
+                let what = if *write { "write" } else { "read" };
+                Doing { what, offset: *offset, len, optional: false }
+            }
+            Action::Ranges { zero, segments } => Doing {
+                what: if *zero { "write zeroes" } else { "discard" },
+                offset: segments.first().map_or(0, |s| s.sector * SECTOR),
+                len: segments.iter().map(|s| u64::from(s.sectors) * SECTOR).sum(),
+                optional: true,
+            },
+            Action::Flush | Action::Finished(_) => Doing { what: "flush", ..Doing::default() },
+        }
+    }
 }
 
 /// What requests are checked against.
@@ -70,6 +106,8 @@ pub struct Slot {
     status: Option<IoVec>,
     /// What the used element says: bytes that may have been written, with the status byte.
     pub used_len: u32,
+    /// What the slow lane is doing for it.
+    pub doing: Doing,
     /// The transfer in the kernel: direction, byte offset on the disk, length.
     pub transfer: Option<(bool, u64, i32)>,
 }
@@ -84,28 +122,36 @@ impl Slot {
         }
     }
 
-    /// Splits the chain into header, data and status, reads the header and checks the request.
+    /// Splits the chain into header, data and status, reads the header and checks the request. One that cannot be served
+    /// for its shape is finished, and `chain.bad` says why.
     ///
     /// # Errors
     /// A reason, if there is no status byte to answer with.
     pub fn parse(&mut self, disk: &Disk<'_>) -> Result<Action, &'static str> {
         self.first = 0;
+        let total: u64 = self.chain.iov.iter().map(|v| v.len() as u64).sum();
         self.used_len = u32::try_from(self.chain.writable_len()).unwrap_or(u32::MAX);
         self.status = self.cut_status();
         if self.status.is_none() {
             return Err(self.chain.bad.unwrap_or("a chain without a status byte"));
         }
         let header = self.cut_header();
+        if total > u64::from(u32::MAX) {
+            self.chain.bad = Some("a chain of more than 4 GiB (VIRTIO 1.3, 2.7.13)");
+        }
         match (self.chain.bad, header) {
             (None, Some(header)) => Ok(self.check(header, disk)),
             (bad, _) => {
-                log::warn!("malformed request: {}", bad.unwrap_or("no complete header"));
+                self.chain.bad = bad.or(Some("no complete header"));
                 Ok(Action::Finished(Status::IoErr))
             }
         }
     }
 
     fn cut_status(&mut self) -> Option<IoVec> {
+        if self.chain.cut {
+            return None;
+        }
         let n = self.chain.iov.len();
         let last = *self.chain.iov[self.chain.readable..].last()?;
         let (data, status) = (last.part(0, last.len() - 1), last.part(last.len() - 1, 1));
@@ -175,7 +221,12 @@ impl Slot {
         if count == 0 || !data.len().is_multiple_of(SEGMENT_LEN) {
             return Action::Finished(Status::IoErr);
         }
-        if count > SEGMENTS_MAX {
+        let (count_max, sectors_max) = if zero {
+            (ZEROES_SEGMENTS_MAX, ZEROES_SECTORS_MAX)
+        } else {
+            (DISCARD_SEGMENTS_MAX, DISCARD_SECTORS_MAX)
+        };
+        if count > count_max {
             return Action::Finished(Status::Unsupp);
         }
         let mut bytes = vec![0; data.len()];
@@ -187,7 +238,7 @@ impl Slot {
         }
         let fits = |s: &Segment| {
             let len = u64::from(s.sectors) * SECTOR;
-            s.sectors <= SEGMENT_SECTORS_MAX
+            s.sectors <= sectors_max
                 && blk::byte_range(s.sector, len, disk.capacity, disk.block).is_some()
         };
         if segments.iter().all(fits) {
@@ -221,6 +272,17 @@ pub struct Slow {
 }
 
 impl Slow {
+    /// The memory it may need for bounce buffers and the like, in bytes: workers bound the sum.
+    pub fn weight(&self) -> usize {
+        match self.action {
+            Action::Transfer { .. } => {
+                self.iov.iter().map(IoVec::len).sum::<usize>().min(BOUNCE_MAX)
+            }
+            Action::Ranges { .. } => BOUNCE_MAX,
+            Action::Flush | Action::Finished(_) => 0,
+        }
+    }
+
     /// Does it.
     ///
     /// # Errors

@@ -104,7 +104,7 @@ fn model_ranges(data: &[u8], zero: bool, disk: &Disk<'_>) -> Result<Action, ()> 
     if data.is_empty() || !data.len().is_multiple_of(16) {
         return done(Status::IoErr);
     }
-    if data.len() / 16 > 256 {
+    if data.len() / 16 > if zero { 16 } else { 256 } {
         return done(Status::Unsupp);
     }
     let segments: Vec<Segment> = data.chunks(16).map(Segment::parse).collect();
@@ -112,7 +112,8 @@ fn model_ranges(data: &[u8], zero: bool, disk: &Disk<'_>) -> Result<Action, ()> 
         return done(Status::Unsupp);
     }
     let good = |s: &Segment| {
-        s.sectors <= 0x7fff_f800 && range_ok(disk, s.sector, u128::from(s.sectors) * 512)
+        s.sectors <= if zero { 0x8_0000 } else { 0x7fff_f800 }
+            && range_ok(disk, s.sector, u128::from(s.sectors) * 512)
     };
     if segments.iter().all(good) {
         Ok(Action::Ranges { zero, segments })
@@ -270,7 +271,8 @@ fn status_rules() {
         ("zeroes, read-only", one(zeroes, 0, 8, 0), 1, read_only, done(IoErr)),
         ("no segment", ranges(discard, &[]), 1, DISK, done(IoErr)),
         ("half a segment", header(discard, 0).repeat(2)[..24].to_vec(), 1, DISK, done(IoErr)),
-        ("257 segments", ranges(zeroes, &vec![segment(0, 1, 0); 257]), 1, DISK, done(Unsupp)),
+        ("257 segments", ranges(discard, &vec![segment(0, 1, 0); 257]), 1, DISK, done(Unsupp)),
+        ("17 segments", ranges(zeroes, &vec![segment(0, 1, 0); 17]), 1, DISK, done(Unsupp)),
         (
             "one of two bad",
             ranges(zeroes, &[segment(0, 1, 1), segment(999, 2, 0)]),
@@ -283,14 +285,17 @@ fn status_rules() {
     ] {
         assert_eq!(status(&readable, writable, &disk), want, "{what}");
     }
-    let all = status(&ranges(zeroes, &vec![segment(4, 2, UNMAP); 256]), 1, &DISK);
-    let segments = vec![Segment { sector: 4, sectors: 2, flags: UNMAP }; 256];
-    assert_eq!(all, Action::Ranges { zero: true, segments });
+    for (kind, count, flags) in [(zeroes, 16, UNMAP), (discard, 256, 0)] {
+        let all = status(&ranges(kind, &vec![segment(4, 2, flags); count]), 1, &DISK);
+        let segments = vec![Segment { sector: 4, sectors: 2, flags }; count];
+        assert_eq!(all, Action::Ranges { zero: kind == zeroes, segments });
+    }
     // The most sectors, on a disk that has them.
     let huge = Disk { capacity: u64::MAX / 512, ..DISK };
-    let most = SEGMENT_SECTORS_MAX;
-    assert!(matches!(status(&one(discard, 0, most, 0), 1, &huge), Action::Ranges { .. }));
-    assert_eq!(status(&one(discard, 0, most + 1, 0), 1, &huge), done(IoErr));
+    for (kind, most) in [(discard, DISCARD_SECTORS_MAX), (zeroes, ZEROES_SECTORS_MAX)] {
+        assert!(matches!(status(&one(kind, 0, most, 0), 1, &huge), Action::Ranges { .. }));
+        assert_eq!(status(&one(kind, 0, most + 1, 0), 1, &huge), done(IoErr));
+    }
 }
 
 #[test]

@@ -17,10 +17,12 @@ use super::request::Slow;
 use crate::error::Errno;
 use crate::mem::GuestMap;
 use crate::rt::poll::Policy;
-use crate::rt::{Event, Inbox, Installed, Runtime, best_wait_kind};
+use crate::rt::{Event, Inbox, Installed, Runtime, WaitKind, best_wait_kind};
 
 /// Requests of one worker in the kernel at once; more wait in their rings.
 const IN_FLIGHT_MAX: usize = 4096;
+/// Memory that one worker's slow-lane requests may take for bounce buffers, in bytes; more requests wait in their rings.
+const SLOW_BYTES_MAX: usize = 64 << 20;
 /// Tasks polled per turn: rings and completions get their turn, too.
 const TASKS_PER_TURN: usize = 128;
 /// How long a ring without a kick descriptor is left alone at most.
@@ -42,8 +44,8 @@ pub enum Command {
     Quit,
 }
 
-/// Results of slow-lane tasks: token payload and result.
-type Done = Rc<RefCell<Vec<(u64, Result<(), Errno>)>>>;
+/// Results of slow-lane tasks: token payload, weight and result.
+type Done = Rc<RefCell<Vec<(u64, usize, Result<(), Errno>)>>>;
 
 struct Worker {
     rt: Installed,
@@ -51,6 +53,8 @@ struct Worker {
     policy: Policy,
     events: Vec<Event>,
     done: Done,
+    /// The weight of all slow-lane requests.
+    slow_bytes: usize,
     new_memory: Option<(Arc<GuestMap>, SyncSender<()>)>,
     quit: bool,
 }
@@ -60,7 +64,12 @@ struct Worker {
 /// # Errors
 /// If the thread cannot have a runtime.
 pub fn run(poll_max_ns: u64, ready: &SyncSender<Result<Arc<Inbox>, Errno>>) {
-    let rt = match Runtime::install(best_wait_kind()) {
+    // io_uring may have become unavailable since it was found out (memory limits, the administrator).
+    let installed = Runtime::install(best_wait_kind()).or_else(|e| {
+        log::warn!("waiting in epoll: {e}");
+        Runtime::install(WaitKind::Epoll)
+    });
+    let rt = match installed {
         Ok(rt) => rt,
         Err(e) => {
             // Nobody listens only if the export is gone.
@@ -75,6 +84,7 @@ pub fn run(poll_max_ns: u64, ready: &SyncSender<Result<Arc<Inbox>, Errno>>) {
         policy: Policy::new(poll_max_ns),
         events: Vec::with_capacity(1024),
         done: Rc::default(),
+        slow_bytes: 0,
         new_memory: None,
         quit: false,
     };
@@ -105,27 +115,37 @@ impl Worker {
             return false;
         }
         let mut reactor = self.rt.reactor.borrow_mut();
+        let mut full = false;
         for q in &mut self.queues {
             let room = IN_FLIGHT_MAX.saturating_sub(reactor.in_flight() + self.rt.executor.tasks());
             for _ in 0..q.available(room) {
-                progress = true;
-                if reactor.turn_is_full() {
+                full = reactor.turn_is_full() || self.slow_bytes >= SLOW_BYTES_MAX;
+                if full {
                     break;
                 }
+                progress = true;
                 match q.take_one(&mut reactor) {
                     Some(Started::Fast) => {}
                     Some(Started::Slow(head, slow)) => {
+                        self.slow_bytes += slow.weight();
                         spawn(&self.rt, &self.done, payload(q.index, head), slow);
                     }
                     None => break,
                 }
             }
+            full |= room == 0;
         }
-        if reactor.turn_is_full() {
+        if full {
             // The next turn begins with another queue, so that none starves.
             self.queues.rotate_left(1);
         }
         progress
+    }
+
+    /// Whether requests may be taken at all now.
+    fn has_room(&self) -> bool {
+        let in_flight = self.rt.reactor.borrow().in_flight() + self.rt.executor.tasks();
+        in_flight < IN_FLIGHT_MAX && self.slow_bytes < SLOW_BYTES_MAX && self.new_memory.is_none()
     }
 
     /// Takes completions of both lanes.
@@ -139,11 +159,13 @@ impl Worker {
             if let Some(q) = self.queues.iter_mut().find(|q| q.index == index)
                 && let Some(slow) = q.fast_done(head, result)
             {
+                self.slow_bytes += slow.weight();
                 spawn(&self.rt, &self.done, token, slow);
             }
         }
-        for (token, result) in self.done.borrow_mut().drain(..) {
+        for (token, weight, result) in self.done.borrow_mut().drain(..) {
             progress = true;
+            self.slow_bytes -= weight;
             let (index, head) = from_payload(token);
             if let Some(q) = self.queues.iter_mut().find(|q| q.index == index) {
                 q.slow_done(head, result);
@@ -221,7 +243,7 @@ impl Worker {
             };
             let answer = answer.clone();
             let mut q = self.queues.remove(at);
-            q.publish();
+            q.leave();
             if let Some(key) = q.watch {
                 self.rt.reactor.borrow_mut().unwatch(key);
             }
@@ -266,16 +288,15 @@ impl Worker {
 
     #[inline]
     fn has_input(&self) -> bool {
-        let taking = self.new_memory.is_none();
-        (taking && self.queues.iter().any(|q| q.has_avail())) || self.rt.has_work()
+        (self.queues.iter().any(Queue::has_avail) && self.has_room()) || self.rt.has_work()
     }
 }
 
 fn spawn(rt: &Runtime, done: &Done, token: u64, slow: Slow) {
-    let done = Rc::clone(done);
+    let (done, weight) = (Rc::clone(done), slow.weight());
     rt.spawn(async move {
         let result = slow.run().await;
-        done.borrow_mut().push((token, result));
+        done.borrow_mut().push((token, weight, result));
     });
 }
 

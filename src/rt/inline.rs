@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// Inline work per turn of a worker's loop; then completions are shown to the guest first.
 pub const TURN: Duration = Duration::from_micros(100);
+/// The longest inline write in bytes: a longer one is worth a kernel thread.
+pub const LEN_MAX: usize = 256 << 10;
 /// A copy into the page cache that takes this long has blocked, or lost its CPU.
 const SLOW: Duration = Duration::from_millis(5);
 /// The first pause after a slow write.

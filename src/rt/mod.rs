@@ -81,6 +81,7 @@ impl File {
     #[inline]
     fn prefers_inline(&self, rw: &Rw) -> bool {
         rw.write
+            && rw.len <= inline::LEN_MAX
             && !rw.dsync
             && self.request_align == 1
             && self.engine == Engine::IoUring
@@ -104,6 +105,7 @@ pub struct Rw {
     count: u32,
     iov: *const IoVec,
     offset: u64,
+    len: usize,
 }
 
 // SAFETY: a description; see the contract of its maker.
@@ -121,7 +123,8 @@ impl Rw {
     pub unsafe fn new(file: &File, write: bool, iov: &[IoVec], offset: u64, dsync: bool) -> Rw {
         assert!(!iov.is_empty() && iov.len() <= IOV_MAX, "bad number of memory ranges");
         let count = iov.len() as u32;
-        Rw { write, dsync, fd: file.fd(), count, iov: iov.as_ptr(), offset }
+        let len = iov.iter().map(IoVec::len).sum();
+        Rw { write, dsync, fd: file.fd(), count, iov: iov.as_ptr(), offset, len }
     }
 }
 
@@ -503,18 +506,33 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
     block_on_with(WaitKind::Epoll, future)
 }
 
+/// [`block_on`], for those who must go on when no runtime can be had.
+///
+/// # Errors
+/// EMFILE and others: nothing has been done.
+///
+/// # Panics
+/// If the thread drives a runtime already.
+pub fn try_block_on<T>(future: impl Future<Output = T>) -> Result<T, Errno> {
+    let rt = Runtime::install(WaitKind::Epoll)?;
+    Ok(drive(&rt, future))
+}
+
 /// [`block_on`] with a wait point of choice.
 ///
 /// # Panics
 /// As [`block_on`]; or if io_uring does not work here.
 pub fn block_on_with<T>(kind: WaitKind, future: impl Future<Output = T>) -> T {
+    drive(&Runtime::install(kind).expect("a thread can have a runtime"), future)
+}
+
+fn drive<T>(rt: &Runtime, future: impl Future<Output = T>) -> T {
     struct MainWaker(Arc<Inbox>);
     impl std::task::Wake for MainWaker {
         fn wake(self: Arc<Self>) {
             self.0.post(Mail::Wake { key: usize::MAX, generation: 0 });
         }
     }
-    let rt = Runtime::install(kind).expect("a thread can have a runtime");
     let waker = Waker::from(Arc::new(MainWaker(Arc::clone(rt.inbox()))));
     let mut future = pin!(future);
     let (mut events, mut value) = (Vec::new(), None);

@@ -70,6 +70,8 @@ pub struct Reactor {
     finished: Vec<(u64, i32)>,
     /// Spent on inline writes since the last reaping.
     inline_time: Duration,
+    /// Watches that the kernel has ended by itself: descriptors and tokens.
+    rearm: Vec<(RawFd, u64)>,
 }
 
 /// The payload of the watches that belong to the reactor itself.
@@ -98,6 +100,7 @@ impl Reactor {
             in_flight: 0,
             finished: Vec::with_capacity(64),
             inline_time: Duration::ZERO,
+            rearm: Vec::new(),
         };
         reactor.watch(bell, INTERNAL)?;
         Ok(reactor)
@@ -117,7 +120,7 @@ impl Reactor {
     #[inline]
     fn submit_token(&mut self, file: &File, rw: &Rw, token: u64) {
         self.in_flight += 1;
-        if file.prefers_inline(rw) {
+        if file.prefers_inline(rw) && !self.turn_is_full() {
             return self.do_inline(file, rw, token);
         }
         if file.engine == Engine::Native {
@@ -152,8 +155,10 @@ impl Reactor {
                 vmm_sys_util::eventfd::EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
                     .map_err(Errno::from)
                     .and_then(|event| {
+                        // The context first: if it cannot be had, nobody waits for the event.
+                        let aio = Aio::new(event.as_raw_fd())?;
                         self.watch(event.as_raw_fd(), INTERNAL)?;
-                        self.aio = Some(Aio::new(event.as_raw_fd())?);
+                        self.aio = Some(aio);
                         self.aio_event = Some(event);
                         Ok(())
                     });
@@ -225,7 +230,12 @@ impl Reactor {
         // Generation above, key below: an event of an ended watch is told from one of its slot's next user.
         let token = token(Kind::Watch, (self.generation << 20 | key as u64) & TOKEN_BITS);
         match &mut self.wait {
-            Wait::Uring(ring) => ring.push_poll(fd, token),
+            Wait::Uring(ring) => {
+                // An io_uring takes descriptors that cannot be waited for (files) too, and finds them ready for ever:
+                // epoll refuses them.
+                Epoll::new()?.add(fd, token)?;
+                ring.push_poll(fd, token);
+            }
             Wait::Epoll(epoll) => epoll.add(fd, token)?,
         }
         entry.insert(Watch { fd, payload, token });
@@ -267,8 +277,7 @@ impl Reactor {
     #[inline]
     pub fn reap(&mut self, to: &mut Vec<Event>) {
         self.inline_time = Duration::ZERO;
-        let Reactor { wait, aio, ops, watches, in_flight, finished, .. } = self;
-        let mut rearm = None;
+        let Reactor { wait, aio, ops, watches, in_flight, finished, rearm, .. } = self;
         match wait {
             Wait::Uring(ring) => ring.reap(|token, result, more| {
                 if is_request(token) {
@@ -276,7 +285,13 @@ impl Reactor {
                 } else if let Some(watch) = ready(watches, token, to)
                     && !more
                 {
-                    rearm = Some((watch.fd, token));
+                    // The kernel may end a multishot poll (completion queue full): it is set again. One that it
+                    // refuses would be refused for ever.
+                    if result >= 0 {
+                        rearm.push((watch.fd, token));
+                    } else {
+                        log::error!("waiting for descriptor {}: {}", watch.fd, Errno(-result));
+                    }
                 }
             }),
             Wait::Epoll(epoll) => epoll.take(|token| {
@@ -289,10 +304,8 @@ impl Reactor {
         for (token, result) in finished.drain(..) {
             complete(ops, in_flight, token, result, to);
         }
-        // The kernel may end a multishot poll (completion queue full): it is set again. Rare, so one a turn will do,
-        // because the others are told again by a spurious look at their rings.
-        if let (Some((fd, token)), Wait::Uring(ring)) = (rearm, &mut self.wait) {
-            ring.push_poll(fd, token);
+        if let Wait::Uring(ring) = &mut self.wait {
+            self.rearm.drain(..).for_each(|(fd, token)| ring.push_poll(fd, token));
         }
     }
 

@@ -107,7 +107,8 @@ impl Uring {
 
     /// Ends the watch with `token`; the answer to this itself carries `ignored`.
     pub fn remove_poll(&mut self, token: u64, ignored: u64) {
-        self.push_entry(opcode::PollRemove::new(token).build().user_data(ignored), false);
+        // Not PollRemove: that one leaves a poll alone whose event is on its way (EALREADY).
+        self.push_entry(opcode::AsyncCancel::new(token).build().user_data(ignored), false);
     }
 
     /// One `io_uring_enter`: submits what is queued, runs completion work, waits for `want` completions at most
@@ -115,10 +116,8 @@ impl Uring {
     fn enter(&mut self, want: u32, timeout: Option<Duration>) {
         let deferred = self.ring.params().is_setup_single_issuer();
         let mut flags = EnterFlags::empty();
-        if want > 0
-            || (deferred && self.ring.submission().taskrun())
-            || self.ring.submission().cq_overflow()
-        {
+        // With deferred task work every entry runs it: one system call submits and completes.
+        if want > 0 || deferred || self.ring.submission().cq_overflow() {
             flags |= EnterFlags::GETEVENTS;
         }
         let result = match timeout {

@@ -18,10 +18,15 @@ pub const SECTOR: u64 = 512;
 pub const CONFIG_LEN: usize = 96;
 /// Where the one writable field, `writeback`, lies in it.
 pub const CONFIG_WCE: usize = 32;
-/// Segments in one discard or write-zeroes request: one page of 16-byte segments.
-pub const SEGMENTS_MAX: usize = 256;
-/// The most sectors in one such segment: the largest that a signed 32-bit count of a guest holds, in whole 1 MiB.
-pub const SEGMENT_SECTORS_MAX: u32 = (1 << 31) - 2048;
+/// Segments in one discard request: one page of 16-byte segments.
+pub const DISCARD_SEGMENTS_MAX: usize = 256;
+/// The most sectors in one discard segment: the largest that a signed 32-bit count of a guest holds, in whole 1 MiB.
+pub const DISCARD_SECTORS_MAX: u32 = (1 << 31) - 2048;
+/// Segments in one write-zeroes request. Where zeroes must be written as data, this bounds how long a request takes,
+/// and so how long a drain waits for it.
+pub const ZEROES_SEGMENTS_MAX: usize = 16;
+/// The most sectors in one write-zeroes segment: 256 MiB.
+pub const ZEROES_SECTORS_MAX: u32 = 1 << 19;
 /// The length of a request's header.
 pub const HEADER_LEN: usize = 16;
 /// The length of one discard or write-zeroes segment.
@@ -104,13 +109,12 @@ impl Geometry {
         put(28, &(self.limits.opt_transfer / block).to_le_bytes());
         put(CONFIG_WCE, &[u8::from(writeback)]);
         put(34, &self.num_queues.to_le_bytes());
-        let segments = (SEGMENTS_MAX as u32).to_le_bytes();
-        put(36, &SEGMENT_SECTORS_MAX.to_le_bytes());
-        put(40, &segments);
+        put(36, &DISCARD_SECTORS_MAX.to_le_bytes());
+        put(40, &(DISCARD_SEGMENTS_MAX as u32).to_le_bytes());
         let granularity = u64::from(self.limits.discard_align.max(block)) / SECTOR;
         put(44, &u32::try_from(granularity).unwrap_or(1).to_le_bytes());
-        put(48, &SEGMENT_SECTORS_MAX.to_le_bytes());
-        put(52, &segments);
+        put(48, &ZEROES_SECTORS_MAX.to_le_bytes());
+        put(52, &(ZEROES_SEGMENTS_MAX as u32).to_le_bytes());
         put(56, &[1]);
         c
     }
@@ -188,7 +192,7 @@ mod tests {
             (512u32.to_le_bytes().to_vec(), 3, 8, 128)
         );
         assert_eq!((c[32], c[34], c[56]), (1, 4, 1));
-        assert_eq!(c[36..40], SEGMENT_SECTORS_MAX.to_le_bytes());
+        assert_eq!(c[36..40], DISCARD_SECTORS_MAX.to_le_bytes());
     }
 
     #[test]

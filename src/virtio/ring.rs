@@ -50,6 +50,8 @@ pub struct Chain {
     pub readable: usize,
     /// Why the chain cannot be served as a request, if so.
     pub bad: Option<&'static str>,
+    /// The last descriptor that is not empty reaches out of guest memory: the chain's last byte is not there.
+    pub cut: bool,
 }
 
 impl Chain {
@@ -57,6 +59,7 @@ impl Chain {
         self.iov.clear();
         self.readable = 0;
         self.bad = None;
+        self.cut = false;
     }
 
     /// Bytes for reading.
@@ -279,9 +282,11 @@ impl Ring {
             return;
         }
         let (mut addr, mut left) = (desc.addr, u64::from(desc.len));
+        chain.cut &= left == 0;
         while left > 0 {
             let Some(v) = self.map.translate(addr, left) else {
                 chain.bad = Some("a descriptor outside of guest memory");
+                chain.cut = true;
                 return;
             };
             chain.iov.push(v);

@@ -1,27 +1,217 @@
-//! What the tests of drivers share: seeded randomness, scattered memory, disks of every kind to run on.
-#![allow(dead_code, reason = "every test binary uses a part")]
+//! The device in this process: a graph, an export, a server on a socket in a directory of its own.
+//!
+//! [`Disk`] takes everything down in order when it is dropped; nothing here sleeps, every wait has a limit.
+#![allow(dead_code, reason = "each test program uses its part")]
 
-pub mod bed;
-pub mod guest;
-pub mod sequence;
-pub mod strict;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use std::io::Write;
-use std::sync::Mutex;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use vhost_user_blk::block::{Graph, Node};
+use vhost_user_blk::export::{Export, ExportConfig};
+use vhost_user_blk::vhost_user::{Endpoint, Server};
+use vub_client::{Client, Options};
 
-use vhost_user_blk::mem::{IoVec, Sg};
-use vhost_user_blk::rt::{Buffer, WaitKind, uring_available};
+pub mod probe;
+pub mod program;
 
-/// SplitMix64: small, seeded, good enough to choose test cases.
-pub struct Rng(pub u64);
+/// Limit of every wait of this side.
+pub const LIMIT: Duration = Duration::from_secs(20);
+/// How long "nothing happens" is looked at.
+pub const SILENCE: Duration = Duration::from_millis(40);
+/// One megabyte.
+pub const MIB: u64 = 1 << 20;
 
-impl Rng {
-    /// From CONFORMANCE_SEED, or always the same; mixed with `salt`.
-    pub fn new(salt: u64) -> Rng {
-        let seed = std::env::var("CONFORMANCE_SEED").map_or(1, |s| s.parse().expect("a number"));
-        Rng(u64::wrapping_mul(seed, 0x9e37_79b9_7f4a_7c15) ^ salt)
+/// What an export is like unless a test says otherwise.
+pub fn config() -> ExportConfig {
+    ExportConfig {
+        id: "disk0".into(),
+        writable: true,
+        writethrough: false,
+        num_queues: 4,
+        queue_size: 1024,
+        logical_block_size: 512,
+        serial: "a-serial".into(),
+        threads: 4,
+        poll_max_ns: 32_768,
+    }
+}
+
+/// How a file is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Engine {
+    /// `aio=`
+    pub aio: &'static str,
+    /// `cache.direct=`
+    pub direct: bool,
+}
+
+/// All ways to serve a file.
+pub const ENGINES: [Engine; 4] = [
+    Engine { aio: "threads", direct: false },
+    Engine { aio: "native", direct: true },
+    Engine { aio: "io_uring", direct: false },
+    Engine { aio: "io_uring", direct: true },
+];
+
+/// A served disk.
+pub struct Disk {
+    /// The export.
+    pub export: Arc<Export>,
+    /// Its root.
+    pub node: Arc<Node>,
+    graph: Arc<Graph>,
+    server: Option<Server>,
+    dir: TempDir,
+}
+
+impl Disk {
+    /// Serves the node `root` of `graph`.
+    pub fn serve(graph: Arc<Graph>, root: &str, config: ExportConfig) -> Disk {
+        let node = graph.find(root).expect("the node is there");
+        let export = Export::new(&graph, &node, config).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("s")).unwrap();
+        let name = export.id().to_owned();
+        let server =
+            Server::start(Endpoint::Listener(listener), export.clone(), name, Box::new(|| ()));
+        Disk { export, node, graph, server: Some(server.unwrap()), dir }
     }
 
+    /// Serves one node made from `options`, which must call it `root`.
+    pub fn of(options: Value, config: ExportConfig) -> Disk {
+        let graph = Graph::new();
+        add(&graph, options);
+        Disk::serve(graph, "root", config)
+    }
+
+    /// Serves a null disk of `size` bytes.
+    pub fn null(size: u64, config: ExportConfig) -> Disk {
+        Disk::of(
+            json!({"driver": "null-co", "node-name": "root", "size": size, "read-zeroes": true}),
+            config,
+        )
+    }
+
+    /// The socket.
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().join("s")
+    }
+
+    /// A guest, running.
+    pub fn connect(&self, options: Options) -> Client {
+        Client::connect_retry(self.path(), options).unwrap()
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        drop(self.server.take());
+        self.export.close();
+        self.graph.close();
+    }
+}
+
+/// Adds a node to a graph.
+pub fn add(graph: &Arc<Graph>, options: Value) -> Arc<Node> {
+    let Value::Object(options) = options else { panic!("options are an object") };
+    graph.add(options).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// A file of zeroes, beside the sources' build: a real file system, with O_DIRECT and holes.
+pub struct Image {
+    dir: TempDir,
+}
+
+impl Image {
+    /// A sparse file of `size` bytes.
+    pub fn new(size: u64) -> Image {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        std::fs::File::create(dir.path().join("image")).unwrap().set_len(size).unwrap();
+        Image { dir }
+    }
+
+    /// Its path.
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().join("image")
+    }
+
+    /// Bytes that it occupies.
+    pub fn allocated(&self) -> u64 {
+        std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(self.path()).unwrap()) * 512
+    }
+
+    /// The blockdev options of a raw node `root` on it.
+    pub fn options(&self, engine: Engine, discard: &str) -> Value {
+        let cache = json!({"direct": engine.direct, "no-flush": false});
+        json!({
+            "driver": "raw", "node-name": "root", "discard": discard, "cache": cache,
+            "file": {
+                "driver": "file", "filename": self.path(), "aio": engine.aio,
+                "discard": discard, "cache": cache,
+            },
+        })
+    }
+}
+
+/// A served file.
+pub struct FileDisk {
+    /// The disk.
+    pub disk: Disk,
+    /// The file.
+    pub image: Image,
+}
+
+impl FileDisk {
+    /// A file of `size` bytes behind `engine`.
+    pub fn new(size: u64, engine: Engine, config: ExportConfig) -> FileDisk {
+        let image = Image::new(size);
+        let disk = Disk::of(image.options(engine, "unmap"), config);
+        FileDisk { disk, image }
+    }
+}
+
+/// Waits until `done` holds, looking all the time: for what other threads do soon.
+pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < LIMIT, "not in time: {what}");
+        std::thread::yield_now();
+    }
+}
+
+/// Small guests: little memory, else as usual.
+pub fn small() -> Options {
+    Options { mem_size: 8 << 20, timeout: LIMIT, ..Options::default() }
+}
+
+/// Runs tests of this very program in a process of their own, with `env`; `args` as on the command line.
+pub fn rerun(args: &[&str], env: &[(&str, &str)]) -> String {
+    let exe = std::env::current_exe().unwrap();
+    let mut command = std::process::Command::new("timeout");
+    command.arg("80").arg(exe).args(args).envs(env.iter().copied());
+    let out = command.output().unwrap();
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{args:?} {env:?}: {:?}\n{text}\n{errors}", out.status);
+    text
+}
+
+/// The value of a line of `/proc/.../status`.
+pub fn status_line(path: &Path, key: &str) -> u64 {
+    let text = std::fs::read_to_string(path).unwrap();
+    let line = text.lines().find_map(|l| l.strip_prefix(key)).expect("the line is there");
+    line.trim_start_matches(':').split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// Numbers that are the same in each run.
+pub struct Random(pub u64);
+
+impl Random {
+    /// The next one (splitmix64).
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -30,151 +220,13 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    /// A number below `n`; 0 if that is 0.
+    /// One below `n`.
     pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n.max(1)
+        self.next() % n
     }
 
-    pub fn index(&mut self, n: usize) -> usize {
-        usize::try_from(self.below(n as u64)).unwrap()
-    }
-
-    pub fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-
+    /// So many bytes.
     pub fn bytes(&mut self, len: usize) -> Vec<u8> {
-        let mut out = vec![0; len];
-        for chunk in out.chunks_mut(8) {
-            chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
-        }
-        out
+        (0..len).map(|_| self.next().to_le_bytes()[0]).collect()
     }
-
-    /// Where an operation of at most `most` bytes on a disk of `size` bytes may lie: offset and length, at all alignments.
-    pub fn range(&mut self, size: u64, most: u64) -> (u64, u64) {
-        let most = most.min(size);
-        let len = match self.below(6) {
-            0 => 1 + self.below(16),
-            1 => 1 + self.below(5000),
-            2 => 512 * (1 + self.below(16)),
-            3 => 4096 * (1 + self.below(64)),
-            4 => 1 + self.below(128 << 10),
-            _ => 1 + self.below(most),
-        }
-        .min(most);
-        let room = size - len;
-        let at = match self.below(5) {
-            0 => self.below(room + 1),
-            1 => room,
-            2 => self.below(room / 512 + 1) * 512,
-            _ => self.below(room / 4096 + 1) * 4096,
-        };
-        (at, len)
-    }
-}
-
-const UNTOUCHED: u8 = 0xee;
-
-/// Memory for `len` bytes in ranges of all kinds, with bytes between them that nobody may touch.
-pub struct Scatter {
-    buffer: Buffer,
-    parts: Vec<(usize, usize)>,
-    iov: Vec<IoVec>,
-}
-
-impl Scatter {
-    pub fn new(rng: &mut Rng, len: usize) -> Scatter {
-        let style = rng.below(5);
-        let mut pos = if style == 4 { 0 } else { [0, 1, 3, 512, 4096][rng.index(5)] };
-        let (mut left, mut parts) = (len, Vec::new());
-        while left > 0 {
-            let (n, gap) = match style {
-                0 | 4 => (left, 0),
-                1 => (1 + rng.index(left.min(20_000)), rng.index(70)),
-                // More ranges than one system call takes.
-                2 => (rng.index(len / 1000 + 2), rng.index(3)),
-                _ => (4096 * (1 + rng.index(8)), 4096 * rng.index(2)),
-            };
-            let n = n.min(left);
-            parts.push((pos, n));
-            pos += n + gap;
-            left -= n;
-        }
-        let mut buffer = Buffer::new(pos + 64, 4096);
-        buffer.bytes_mut().fill(UNTOUCHED);
-        let mut iov: Vec<IoVec> =
-            parts.iter().map(|(at, n)| buffer.iovec().part(*at, *n)).collect();
-        if rng.one_in(4) {
-            // A range of nothing, at an address that nothing else may have.
-            iov.insert(rng.index(iov.len() + 1), buffer.iovec().part(1, 0));
-        }
-        Scatter { buffer, parts, iov }
-    }
-
-    pub fn ranges(&self) -> usize {
-        self.iov.len()
-    }
-
-    pub fn sg(&self) -> Sg<'_> {
-        Sg::new(&self.iov)
-    }
-
-    pub fn fill(&mut self, mut bytes: &[u8]) {
-        for (at, n) in &self.parts {
-            let (now, rest) = bytes.split_at(*n);
-            self.buffer.bytes_mut()[*at..at + n].copy_from_slice(now);
-            bytes = rest;
-        }
-        assert!(bytes.is_empty());
-    }
-
-    /// What is in the ranges.
-    ///
-    /// # Panics
-    /// If a byte between them has changed.
-    pub fn gather(&self) -> Vec<u8> {
-        let (mut out, mut at) = (Vec::new(), 0);
-        let bytes = self.buffer.bytes();
-        for (start, n) in &self.parts {
-            assert!(bytes[at..*start].iter().all(|b| *b == UNTOUCHED), "written between ranges");
-            out.extend_from_slice(&bytes[*start..start + n]);
-            at = start + n;
-        }
-        assert!(bytes[at..].iter().all(|b| *b == UNTOUCHED), "written behind the last range");
-        out
-    }
-}
-
-/// Says, once, what this machine does not allow to test: past the harness, which shows nothing of tests that pass.
-pub fn not_tested(what: &str) {
-    static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
-    let mut said = SAID.lock().expect("no holder panics");
-    if !said.iter().any(|s| s == what) {
-        said.push(what.to_owned());
-        writeln!(std::io::stderr(), "NOT TESTED: {what}").expect("stderr is open");
-    }
-}
-
-/// The wait points of this machine. A kernel without io_uring, or one told to do without, has one.
-pub fn waits() -> Vec<WaitKind> {
-    match uring_available() {
-        Ok(()) => vec![WaitKind::Uring, WaitKind::Epoll],
-        Err(e) => {
-            not_tested(&format!("waiting in io_uring, which does not work here: {e}"));
-            vec![WaitKind::Epoll]
-        }
-    }
-}
-
-/// Panics with the first difference.
-pub fn assert_same(got: &[u8], want: &[u8], what: &str) {
-    assert_eq!(got.len(), want.len(), "{what}: length");
-    if got == want {
-        return;
-    }
-    let differ = |i: &usize| got[*i] != want[*i];
-    let at = (0..got.len()).find(differ).expect("they differ");
-    let n = (at..got.len()).take_while(differ).count();
-    panic!("{what}: {n} bytes differ at {at}: {:#x}, not {:#x}", got[at], want[at]);
 }

@@ -93,7 +93,8 @@ impl Driver for Raw {
     }
 
     fn limits(&self) -> Limits {
-        self.child().node.driver().limits()
+        // Alignment is the child's business: it knows who else writes to its blocks, and where its last one ends.
+        Limits { request_align: 1, mem_align: 1, ..self.child().node.driver().limits() }
     }
 
     fn map(&self, _dir: Dir, offset: u64, _len: u64) -> Map<'_> {

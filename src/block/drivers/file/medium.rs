@@ -123,7 +123,7 @@ impl Medium {
                 Ok(n) => done += n,
                 Err(errno) => {
                     // The write, or the sync that belongs to it: the sync's error would not be told again.
-                    if dsync && errno == Errno::EIO {
+                    if dsync && matches!(errno.0, libc::EIO | libc::ENOSPC | libc::EDQUOT) {
                         self.note_lost(errno);
                     }
                     return Err(errno);
@@ -155,7 +155,11 @@ impl Medium {
         if let Err(errno) = result {
             self.note_lost(errno);
         }
-        result
+        // The kernel tells only one of several concurrent callers.
+        match self.lost.load(Ordering::Relaxed) {
+            0 => result,
+            errno => Err(Errno(errno)),
+        }
     }
 
     async fn discard(&self, offset: u64, len: u64) -> Result<()> {

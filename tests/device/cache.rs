@@ -1,0 +1,192 @@
+//! What is durable when: counted at the driver, and in the page cache for the fast lane.
+
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use serde_json::json;
+use vhost_user_blk::error::Errno;
+use vhost_user_blk::export::ExportConfig;
+use virtio_bindings::virtio_blk as vb;
+use vub_client::proto::req;
+use vub_client::{Client, Options, Status};
+
+use crate::common::probe::{Asked, Probe};
+use crate::common::{Disk, Engine, FileDisk, MIB, config, small};
+
+const WCE: u32 = 32;
+
+/// One write, one discard, one write-zeroes, and what the driver was asked.
+fn changes(client: &mut Client, probe: &Probe) -> Vec<Asked> {
+    probe.take_log();
+    let q = client.queue(0);
+    q.write(0, &[1; 512]).unwrap();
+    q.discard(8, 1).unwrap();
+    q.write_zeroes(16, 1, true).unwrap();
+    probe.take_log()
+}
+
+fn plain(flushes: bool) -> Vec<Asked> {
+    vec![
+        Asked::Write(0, 512, flushes),
+        Asked::Discard(4096, 512),
+        Asked::Flush,
+        Asked::Zeroes(8192, 512),
+        Asked::Flush,
+    ]
+    .into_iter()
+    .filter(|a| flushes || *a != Asked::Flush)
+    .collect()
+}
+
+#[test]
+fn write_back_until_the_driver_says_otherwise() {
+    let (disk, probe) = Probe::disk(config());
+    let mut client = disk.connect(small());
+    for flags in [0, 1] {
+        assert_eq!(client.read_config().unwrap().wce(), 1);
+        assert_eq!(changes(&mut client, &probe), plain(false));
+        client.queue(0).flush().unwrap();
+        assert_eq!(probe.take_log(), [Asked::Flush]);
+
+        client.set_config(WCE, flags, &[0]).unwrap();
+        assert_eq!(probe.take_log(), [Asked::Flush], "what completed before is made stable");
+        assert_eq!(client.read_config().unwrap().wce(), 0);
+        assert_eq!(changes(&mut client, &probe), plain(true));
+        client.queue(0).flush().unwrap();
+        client.set_config(WCE, flags, &[1]).unwrap();
+    }
+    assert_eq!(changes(&mut client, &probe), plain(false));
+    // Nothing else is writable, wherever the write begins.
+    let before = client.read_config().unwrap().clone();
+    let mut all = vec![0xff; 60];
+    all[32] = 1;
+    client.set_config(0, 0, &all).unwrap();
+    assert_eq!(*client.read_config().unwrap(), before);
+}
+
+#[test]
+fn the_mode_told_is_the_mode_in_force_after_a_reconnect() {
+    let (disk, probe) = Probe::disk(config());
+    let client = disk.connect(small());
+    client.set_config(WCE, 0, &[0]).unwrap();
+    drop(client);
+    let mut client = disk.connect(small());
+    let through = client.config().wce() == 0;
+    assert_eq!(changes(&mut client, &probe), plain(through));
+    client.reset_device().unwrap();
+    // The memory stays.
+    client.conn.set_u64(req::SET_FEATURES, client.features()).unwrap();
+    client.start_queue(0).unwrap();
+    let through = client.read_config().unwrap().wce() == 0;
+    assert_eq!(changes(&mut client, &probe), plain(through));
+}
+
+#[test]
+fn write_through_exports() {
+    let (disk, probe) = Probe::disk(ExportConfig { writethrough: true, ..config() });
+    let mut client = disk.connect(small());
+    assert_eq!(client.config().wce(), 0);
+    assert_eq!(changes(&mut client, &probe), plain(true));
+}
+
+#[test]
+fn a_driver_that_cannot_flush_gets_stable_writes() {
+    let (disk, probe) = Probe::disk(config());
+    let want_features = vub_client::KNOWN_FEATURES & !(1 << vb::VIRTIO_BLK_F_FLUSH);
+    let mut client = disk.connect(Options { want_features, ..small() });
+    assert_eq!(changes(&mut client, &probe), plain(true));
+}
+
+#[test]
+fn no_flush_is_obeyed_in_every_mode() {
+    let cache = json!({"discard": "unmap", "cache": {"no-flush": true}});
+    for writethrough in [false, true] {
+        let (graph, probe) = Probe::graph(1 << 20, cache.clone());
+        let disk = Disk::serve(graph, "root", ExportConfig { writethrough, ..config() });
+        let mut client = disk.connect(small());
+        assert_eq!(changes(&mut client, &probe), plain(false));
+        client.queue(0).flush().unwrap();
+        assert_eq!(probe.take_log(), []);
+    }
+}
+
+#[test]
+fn a_flush_that_fails_is_told() {
+    let (disk, probe) = Probe::disk(config());
+    let mut client = disk.connect(small());
+    let q = client.queue(0);
+    probe.fail_flushes(Some(Errno::EIO));
+    for _ in 0..3 {
+        assert_eq!(q.flush().unwrap_err().status(), Some(Status::IoErr));
+        q.write(0, &[1; 512]).unwrap();
+    }
+    probe.fail_flushes(Some(Errno::ENOSPC));
+    assert_eq!(q.flush().unwrap_err().status(), Some(Status::IoErr));
+    probe.fail_flushes(None);
+    q.flush().unwrap();
+    // In write-through mode a discard that cannot be made stable has failed.
+    client.set_config(WCE, 0, &[0]).unwrap();
+    probe.fail_flushes(Some(Errno::EIO));
+    assert_eq!(client.queue(0).discard(0, 1).unwrap_err().status(), Some(Status::IoErr));
+}
+
+/// Pages of a file that are dirty or being written back (`cachestat`, Linux 6.5).
+fn unstable_pages(path: &Path) -> u64 {
+    const CACHESTAT: libc::c_long = 451;
+    let file = std::fs::File::open(path).unwrap();
+    let range = [0u64, u64::MAX];
+    let mut found = [0u64; 5];
+    // SAFETY: the kernel reads two words and writes five, and nothing else.
+    let rc = unsafe {
+        libc::syscall(CACHESTAT, file.as_raw_fd(), range.as_ptr(), found.as_mut_ptr(), 0)
+    };
+    assert_eq!(rc, 0, "cachestat: {}", std::io::Error::last_os_error());
+    found[1] + found[2]
+}
+
+#[test]
+fn stable_writes_leave_no_dirty_page() {
+    for aio in ["threads", "io_uring"] {
+        let file = FileDisk::new(4 * MIB, Engine { aio, direct: false }, config());
+        let path = file.image.path();
+        let mut client = file.disk.connect(small());
+        let mut dirty = 0;
+        for i in 0..20 {
+            client.queue(0).write(i * 64, &[7; 8192]).unwrap();
+            dirty = unstable_pages(&path).max(dirty);
+        }
+        assert!(dirty > 0, "write-back writes stay in memory");
+        client.queue(0).flush().unwrap();
+        assert_eq!(unstable_pages(&path), 0, "{aio}: a flush");
+        client.queue(0).write(0, &[8; 4096]).unwrap();
+        client.set_config(WCE, 0, &[0]).unwrap();
+        assert_eq!(unstable_pages(&path), 0, "{aio}: the switch to write-through");
+        for i in 0..20 {
+            // Aligned for the fast lane, and scattered for the same with many ranges.
+            client.queue(0).layout.segment = if i % 2 == 0 { 8192 } else { 512 };
+            client.queue(0).write(i * 64, &[9; 8192]).unwrap();
+            assert_eq!(unstable_pages(&path), 0, "{aio}: write {i}");
+        }
+        client.queue(0).write_zeroes(0, 64, false).unwrap();
+        assert_eq!(unstable_pages(&path), 0, "{aio}: zeroes");
+        // A disconnect makes stable what is not.
+        client.set_config(WCE, 0, &[1]).unwrap();
+        client.queue(0).write(0, &[8; 4096]).unwrap();
+        drop(client);
+        drop(file.disk.connect(small()));
+        assert_eq!(unstable_pages(&path), 0, "{aio}: a disconnect");
+    }
+}
+
+#[test]
+fn guests_that_cannot_flush_leave_no_dirty_page() {
+    for aio in ["threads", "io_uring"] {
+        let file = FileDisk::new(MIB, Engine { aio, direct: false }, config());
+        let want_features = vub_client::KNOWN_FEATURES & !(1 << vb::VIRTIO_BLK_F_FLUSH);
+        let mut client = file.disk.connect(Options { want_features, ..small() });
+        for i in 0..20 {
+            client.queue(0).write(i * 64, &[9; 8192]).unwrap();
+            assert_eq!(unstable_pages(&file.image.path()), 0, "{aio}: write {i}");
+        }
+    }
+}

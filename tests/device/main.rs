@@ -1,0 +1,17 @@
+//! The whole device over a real socket, with a guest that is a library: requests, cache, queues, life cycle, hostile
+//! rings, engines. Every wait has a limit, and no sleep stands for one.
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod cache;
+mod engines;
+mod hostile;
+mod hostile_requests;
+mod lifecycle;
+mod model;
+mod queues;
+mod requests;
+mod running;
+mod shapes;

@@ -1,0 +1,205 @@
+//! The built program over its socket: what it costs when nothing happens, that nothing grows, that nothing a guest does
+//! ends it.
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
+
+mod common;
+
+use std::time::Duration;
+
+use serde_json::json;
+use vub_client::{Base, Client, Conn, MemStyle, Options, proto::req};
+
+use common::program::Program;
+use common::{ENGINES, Image, MIB, Random, eventually, small};
+
+fn null(name: &str, latency_ns: u64) -> String {
+    let size = 64 * MIB;
+    json!({"driver": "null-co", "node-name": name, "size": size, "read-zeroes": true,
+        "latency-ns": latency_ns})
+    .to_string()
+}
+
+/// The arguments for an image as `root`, in two `--blockdev`, as libvirt has them.
+fn file(image: &Image, aio: &str, direct: bool) -> [String; 2] {
+    let cache = json!({"direct": direct, "no-flush": false});
+    let storage = json!({"driver": "file", "filename": image.path(), "node-name": "storage",
+        "aio": aio, "auto-read-only": true, "discard": "unmap", "cache": cache});
+    let format = json!({"node-name": "root", "read-only": false, "discard": "unmap",
+        "cache": cache, "driver": "raw", "file": "storage"});
+    [storage.to_string(), format.to_string()]
+}
+
+const WRITABLE: &str = ",writable=on,num-queues=16";
+
+#[test]
+fn an_idle_disk_does_nothing() {
+    for engine in ENGINES {
+        let image = Image::new(MIB);
+        let program =
+            Program::start(&file(&image, engine.aio, engine.direct), &[("root", WRITABLE)]);
+        let mut client = program.connect("root", Options { queues: 16, ..small() });
+        for q in client.queues_mut() {
+            q.write(0, &[1; 4096]).unwrap();
+            q.read(0, &mut [0; 4096]).unwrap();
+            q.flush().unwrap();
+        }
+        // Pool threads end when they had nothing to do for a while; workers and the rest stay.
+        let lasting = || {
+            let mut all = program.threads();
+            all.retain(|(name, ..)| name.starts_with("blk-") || name.starts_with("vhost"));
+            all
+        };
+        // The spins after the last request are over when two looks in a row see the same.
+        let mut last = lasting();
+        assert!(last.iter().filter(|t| t.0.starts_with("blk-")).count() >= 2, "{last:?}");
+        eventually("it becomes idle", || {
+            client.conn.expect_silence(Duration::from_millis(20)).unwrap();
+            let now = lasting();
+            let same = now == last;
+            last = now;
+            same
+        });
+        client.conn.expect_silence(Duration::from_millis(1500)).unwrap();
+        assert_eq!(lasting(), last, "{engine:?}: something woke up");
+        client.queue(0).read(0, &mut [0; 4096]).unwrap();
+    }
+}
+
+#[test]
+fn reconnecting_for_ever_costs_nothing() {
+    let image = Image::new(MIB);
+    let program = Program::start(&file(&image, "io_uring", false), &[("root", WRITABLE)]);
+    let mut random = Random(1);
+    let mut client = program.connect("root", Options { queues: 2, ..small() });
+    let mut round = |client: &mut Client, n: u32| {
+        let used = |c: &mut Client| {
+            let q = c.queue(0);
+            q.submit(vub_client::blk::Request::flush()).unwrap();
+            q.wait_all().unwrap();
+        };
+        used(client);
+        match n % 4 {
+            // In the middle of a request, of a message, of nothing.
+            0 => {
+                let data = random.bytes(4096);
+                let request = client.queue(1).write_request(0, &data).unwrap();
+                client.queue(1).submit(request).unwrap();
+            }
+            1 => client.conn.send_bytes(&[1, 0, 0], &[]).unwrap(),
+            2 => client.plug_memory(1 << 20).map(drop).unwrap(),
+            _ => {}
+        }
+        client.hang_up().unwrap();
+        if n % 4 == 2 {
+            client.mem().remove_region(1);
+        }
+        client.reconnect(program.path("root"), Base::Used).unwrap();
+        client.queue(1).wait_all().unwrap();
+    };
+    (0..100).for_each(|n| round(&mut client, n));
+    let before = program.resources();
+    (0..1000).for_each(|n| round(&mut client, n));
+    let after = program.resources();
+    assert_eq!(after[0], before[0], "descriptors");
+    assert!(after[1] <= before[1] + 2, "threads: {before:?} {after:?}");
+    assert!(after[2] <= before[2] + 1024, "KiB of memory: {before:?} {after:?}");
+}
+
+#[test]
+fn connections_that_say_nothing_or_little() {
+    let mut program = Program::start(&[null("root", 0)], &[("root", WRITABLE)]);
+    drop(program.connect("root", small()));
+    let before = program.resources();
+    for n in 0..500 {
+        let conn = Conn::connect(program.path("root")).unwrap();
+        if n % 3 == 1 {
+            conn.get_u64(req::GET_FEATURES).unwrap();
+        }
+        if n % 3 == 2 {
+            conn.send_bytes(&[0xff; 40], &[]).unwrap();
+        }
+    }
+    drop(program.connect("root", small()));
+    let after = program.resources();
+    assert_eq!(after[..2], before[..2]);
+    program.assert_alive();
+}
+
+#[test]
+fn guests_die_with_requests_in_flight() {
+    // 20 ms each: they are in flight when the connection goes.
+    let nodes = [null("slow", 20_000_000), null("other", 0)];
+    let mut program = Program::start(&nodes, &[("slow", WRITABLE), ("other", WRITABLE)]);
+    let mut other = program.connect("other", small());
+    for round in 0..10 {
+        let mut client = program.connect("slow", Options { queues: 4, ..small() });
+        for q in client.queues_mut() {
+            for _ in 0..30 {
+                let read = q.read_request(0, 4096).unwrap();
+                q.push(read).unwrap();
+            }
+            q.kick().unwrap();
+        }
+        if round % 2 == 0 {
+            // It is known that they are in flight, not only available.
+            let q = client.queue(0);
+            eventually("requests are taken", || q.ring().mem().avail_event() == 30);
+        }
+        drop(client);
+        other.queue(0).read(0, &mut [0; 512]).unwrap();
+    }
+    let mut client = program.connect("slow", small());
+    client.queue(0).read(0, &mut [0; 512]).unwrap();
+    program.assert_alive();
+}
+
+#[test]
+fn a_hostile_guest_leaves_the_program_and_other_exports_alone() {
+    let nodes = [null("a", 0), null("b", 0)];
+    let mut program = Program::start(&nodes, &[("a", WRITABLE), ("b", WRITABLE)]);
+    let mut good = program.connect("b", small());
+    for round in 0..20u16 {
+        let mut bad = program.connect("a", Options { queues: 2, ..small() });
+        let q = bad.queue(0);
+        q.ring().offer(1000 + round);
+        q.ring().publish();
+        q.notify().unwrap();
+        q.wait_err().unwrap();
+        bad.queue(1).read(0, &mut [0; 512]).unwrap();
+        good.queue(0).read(0, &mut [0; 512]).unwrap();
+    }
+    program.assert_alive();
+}
+
+/// The two arguments of libvirt, a guest, the end: data is where it belongs.
+#[test]
+fn a_term_signal_under_load() {
+    for engine in ENGINES {
+        let image = Image::new(4 * MIB);
+        let program =
+            Program::start(&file(&image, engine.aio, engine.direct), &[("root", WRITABLE)]);
+        let mem_style = MemStyle::Table;
+        let mut client = program.connect("root", Options { queues: 4, mem_style, ..small() });
+        let data = Random(3).bytes(64 * 1024);
+        for q in client.queues_mut() {
+            for i in 0..16 {
+                let sector = (u64::from(q.index()) * 16 + i) * 128;
+                let write = q.write_request(sector, &data).unwrap();
+                q.push(write).unwrap();
+            }
+            q.kick().unwrap();
+        }
+        assert!(program.terminate().success());
+        // What was completed is in the file; nothing was completed that is not.
+        let file = std::fs::read(image.path()).unwrap();
+        for q in client.queues_mut() {
+            while let Some(done) = q.poll().unwrap() {
+                assert_eq!(done.status, vub_client::Status::Ok);
+            }
+            let left = q.in_flight();
+            let base = usize::from(q.index()) * 16;
+            let there = (base..base + 16).filter(|i| file[i * 65536..][..65536] == data[..]);
+            assert!(there.count() >= 16 - left, "{engine:?}");
+        }
+    }
+}
