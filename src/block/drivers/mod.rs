@@ -8,6 +8,7 @@ pub mod host_device;
 pub mod null;
 #[expect(unsafe_code, reason = "the wrappers over libc that drivers of files need")]
 pub(super) mod posix;
+pub mod qcow2;
 pub mod raw;
 
 /// All drivers.

@@ -1,0 +1,5 @@
+//! `qcow2`: QEMU's image format.
+#![deny(unsafe_code)]
+
+pub mod header;
+pub mod layout;
