@@ -99,13 +99,7 @@ fn two_vcpus_use_the_disk_in_every_way() {
     let _alone = alone();
     let disk = Served::start(512, ",cache.direct=on", ",writable=on,serial=SN-0042");
     let identity = ["--env", "EXPECT_SERIAL=SN-0042", "--env", "EXPECT_QUEUES=2", "--vcpus", "2"];
-    let all = [
-        "identity.sh",
-        "filesystem.sh",
-        "fio-verify.sh",
-        "blkdiscard.sh",
-        "writethrough-toggle.sh",
-    ];
+    let all = ["identity.sh", "filesystem.sh", "fio-verify.sh", "blkdiscard.sh", "writethrough-toggle.sh"];
     disk.guest(&all, &identity);
     // The guest's last script discarded the whole disk and wrote little: the image is sparse.
     let blocks = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(disk.image()).unwrap());

@@ -24,6 +24,7 @@ static FORMAT: DriverDef = DriverDef {
             _ => Ok(Box::new(Format { edges })),
         }
     },
+    recognises: crate::block::Recognises::Nothing,
     child_perms: default_child_perms,
 };
 
