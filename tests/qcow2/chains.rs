@@ -26,17 +26,17 @@ fn mixed_formats_clusters_and_sizes() {
         let mut random = Random(seed);
         let sizes = [1_500_160u64, 3_000_320, 700_416, 2_500_096];
         std::fs::write(dirs.path("i0"), vec![0x11; sizes[0] as usize]).unwrap();
-        for level in 1..4 {
+        for (level, size) in sizes.into_iter().enumerate().skip(1) {
             let (name, base) = (format!("i{level}"), format!("i{}", level - 1));
             let bits = 9 + random.below(9);
             let extended = if bits >= 14 && random.below(2) == 0 { "on" } else { "off" };
             let options = format!("cluster_size={},extended_l2={extended}", 1 << bits);
             let format = if level == 1 { "raw" } else { "qcow2" };
-            let size = sizes[level].to_string();
-            dirs.create(&name, &options, &["-b", &base, "-F", format, &size]);
+            let length = size.to_string();
+            dirs.create(&name, &options, &["-b", &base, "-F", format, &length]);
             let commands: Vec<String> = (0..8)
                 .map(|_| {
-                    let offset = random.below(sizes[level] / 512 - 100) * 512;
+                    let offset = random.below(size / 512 - 100) * 512;
                     let len = 512 * (1 + random.below(100));
                     if random.below(3) == 0 {
                         format!("write -z {offset} {len}")

@@ -65,9 +65,9 @@ fn subclusters() {
         dirs.create("base", "", &[&(size / 2).to_string()]);
         dirs.io("base", &scribble(&mut random, size / 2, true, 10));
         dirs.create("a", &options, &["-b", "base", "-F", "qcow2", &size.to_string()]);
-        let mut commands = scribble(&mut random, size, true, 40);
         let cluster = 1u64 << bits;
-        commands.push(format!("write -c -P 3 {cluster} {cluster}"));
+        let mut commands = vec![format!("write -c -P 3 {cluster} {cluster}")];
+        commands.extend(scribble(&mut random, size, true, 40));
         dirs.io("a", &commands);
         compare_all(&dirs, "a", bits);
     }
