@@ -8,6 +8,8 @@ mod arena;
 #[allow(dead_code)]
 mod cache;
 mod compressed;
+mod extension;
+mod features;
 mod flight;
 pub mod header;
 pub mod layout;
