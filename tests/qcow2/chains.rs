@@ -82,7 +82,8 @@ fn null_and_empty_mean_none() {
     let got = rt::block_on(super::tools::read(&node, 0, 512, 1)).unwrap();
     assert!(got.iter().all(|b| *b == 0));
     let unknown = json!({ "backing": "x" });
-    assert_eq!(error(&dirs, "a", unknown), "Cannot find device='x' nor node-name='x'");
+    let text = "Could not open backing file: Cannot find device='x' nor node-name='x'";
+    assert_eq!(error(&dirs, "a", unknown), text);
 }
 
 #[test]

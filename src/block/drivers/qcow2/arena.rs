@@ -80,7 +80,7 @@ impl Drop for Arena {
 pub struct Arena(Vec<AtomicU64>);
 
 #[cfg(loom)]
-#[expect(missing_docs, reason = "as above")]
+#[allow(missing_docs, reason = "as above")]
 impl Arena {
     pub fn new(len: usize) -> Result<Arena, Errno> {
         Ok(Arena((0..len).map(|_| AtomicU64::new(0)).collect()))

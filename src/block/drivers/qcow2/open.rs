@@ -165,7 +165,10 @@ fn open_backing(args: &mut OpenArgs<'_>, file: &Node, header: &Header) -> Result
             args.options.shift_remove("backing");
             return Ok(None);
         }
-        Some(_) => return args.open_child_if_given("backing", Role::Backing),
+        Some(_) => {
+            let edge = args.open_child_if_given("backing", Role::Backing);
+            return edge.map_err(|e| e.prepend("Could not open backing file: "));
+        }
         None => {}
     }
     let Some(name) = header.backing_file_name() else { return Ok(None) };

@@ -277,7 +277,7 @@ fn take_overlap(options: &mut Options) -> Result<Overlap> {
     };
     let mut overlap = match object.shift_remove("template") {
         None => Overlap::CACHED,
-        Some(Value::String(word)) => template(&word, "overlap-check.template")?,
+        Some(Value::String(word)) => template(&word, "template")?,
         Some(_) => {
             return Err(err!(
                 "Invalid parameter type for 'overlap-check.template', expected: string"
@@ -301,7 +301,12 @@ fn refuse_encryption(options: &mut Options, method: CryptMethod) -> Result<()> {
     let format = match options.shift_remove("encrypt") {
         None => None,
         Some(Value::Object(encrypt)) => match encrypt.get("format") {
-            Some(Value::String(format)) => Some(format.clone()),
+            Some(Value::String(format)) if matches!(format.as_str(), "aes" | "luks") => {
+                Some(format.clone())
+            }
+            Some(Value::String(format)) => {
+                return Err(err!("Parameter 'format' does not accept value '{format}'"));
+            }
             _ => return Err(err!("Parameter 'encrypt.format' is missing")),
         },
         Some(_) => return Err(err!("Invalid parameter type for 'encrypt', expected: object")),
