@@ -20,7 +20,7 @@ use crate::qapi::Options;
 
 /// The most nodes on a way from a root to a leaf. Backing chains of some 200 images exist. Requests walk down without
 /// recursion; closing and permissions recurse, with frames that stay far below a thread's stack at this depth; opening
-/// has a stack of its own ([`OPEN_STACK`]).
+/// has a stack of its own (`OPEN_STACK`).
 pub const MAX_DEPTH: usize = 512;
 
 /// The stack in bytes of the thread that opens a chain of nodes: drivers' own functions are on it once for each level.

@@ -113,6 +113,7 @@ fn tables_beyond_the_end() {
         (0x80ff_ffff_ffff_0000, false),
         (0xc000_0000_0000_0000, false),
         (0, true),
+        (1 << 63, true),
     ] {
         bytes[l1..l1 + 8].copy_from_slice(&entry.to_be_bytes());
         std::fs::write(dirs.path("a"), &bytes).unwrap();

@@ -95,10 +95,12 @@ impl Qcow2 {
         let (slice, index) = self.slice_of(guest);
         match self.cache.get(slice, index) {
             Some(entry) => Some(entry.decode(&self.geometry, self.geometry.cluster_start(guest))),
-            None if self.l1.get(self.geometry.l1_index(guest)) == 0 => {
-                Some(Ok(Mapping::UNALLOCATED))
+            None => {
+                let l1 = self.l1.get(self.geometry.l1_index(guest));
+                let none =
+                    matches!(L1Entry::decode(l1, &self.geometry), Ok(e) if e.table.is_none());
+                none.then_some(Ok(Mapping::UNALLOCATED))
             }
-            None => None,
         }
     }
 
@@ -294,7 +296,6 @@ impl Qcow2 {
 
     async fn find(&self, offset: u64, len: u64) -> Result<(Map<'_>, u64), Errno> {
         let guest = GuestOffset(offset);
-        // Requests in the tail of a last sector that is not whole do not exist: `len` is cut to whole sectors.
         let mapping = self.mapping(guest).await?;
         let (place, n) = self.extent(mapping, guest, len);
         let map = match place {
