@@ -3,6 +3,8 @@
 //! `contrib/guest/run` boots and judges (it needs what `contrib/setup` installs and fails without it). One guest at a time:
 //! they are emulated and would starve each other.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -99,7 +101,13 @@ fn two_vcpus_use_the_disk_in_every_way() {
     let _alone = alone();
     let disk = Served::start(512, ",cache.direct=on", ",writable=on,serial=SN-0042");
     let identity = ["--env", "EXPECT_SERIAL=SN-0042", "--env", "EXPECT_QUEUES=2", "--vcpus", "2"];
-    let all = ["identity.sh", "filesystem.sh", "fio-verify.sh", "blkdiscard.sh", "writethrough-toggle.sh"];
+    let all = [
+        "identity.sh",
+        "filesystem.sh",
+        "fio-verify.sh",
+        "blkdiscard.sh",
+        "writethrough-toggle.sh",
+    ];
     disk.guest(&all, &identity);
     // The guest's last script discarded the whole disk and wrote little: the image is sparse.
     let blocks = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(disk.image()).unwrap());
