@@ -21,6 +21,7 @@ static STRICT: DriverDef = DriverDef {
     kind: DriverKind::Protocol,
     options: &[],
     open,
+    recognises: vhost_user_blk::block::Recognises::Nothing,
     child_perms: default_child_perms,
 };
 
