@@ -148,7 +148,7 @@ fn memory_comes_and_goes_under_running_rings() {
 #[test]
 fn a_memory_change_is_not_starved() {
     let disk = Disk::of(
-        serde_json::json!({"driver": "null-co", "node-name": "root", "latency-ns": 300_000}),
+        serde_json::json!({"driver": "null-co", "node-name": "root", "latency-ns": 100_000}),
         config(),
     );
     let mem_style = vub_client::MemStyle::Table;
