@@ -248,3 +248,27 @@ fn closing_drains_and_flushes() {
     }
     assert!(probe.take_log().contains(&Asked::Flush));
 }
+
+/// While a memory change waits for what is in flight, nothing new is taken: a busy guest cannot keep it waiting.
+#[test]
+fn nothing_is_taken_while_memory_changes() {
+    let (disk, probe) = Probe::disk(config());
+    let _open = Opener(Arc::clone(&probe));
+    let mem_style = MemStyle::Table;
+    let mut client = disk.connect(Options { mem_style, ..small() });
+    probe.hold();
+    let submit = |client: &mut Client| {
+        let read = client.queue(0).read_request(0, 512).unwrap();
+        client.queue(0).submit(read).unwrap();
+    };
+    submit(&mut client);
+    probe.wait_held(1);
+    send(&client, How::MemTable);
+    client.conn.expect_silence(SILENCE).unwrap();
+    submit(&mut client);
+    client.conn.expect_silence(SILENCE).unwrap();
+    assert_eq!(probe.held(), 1, "a request was taken");
+    probe.release();
+    assert_eq!(client.conn.recv_within(LIMIT).unwrap().u64_at(0).unwrap(), 0);
+    assert_eq!(client.queue(0).wait_all().unwrap().len(), 2);
+}
