@@ -7,7 +7,7 @@ use std::thread;
 use vub_client::ring::{DESC_LEN, Desc, F_INDIRECT, F_NEXT, F_WRITE, RingMem, write_desc};
 use vub_client::{Base, Buf, Client, Options, Queue};
 
-use crate::common::probe::Probe;
+use crate::common::probe::{Opener, Probe};
 use crate::common::{Disk, MIB, Random, config, eventually, small};
 
 const SIZE: u16 = 64;
@@ -173,6 +173,7 @@ fn an_indirect_table_that_was_not_negotiated() {
 #[test]
 fn a_head_that_is_in_use() {
     let (disk, probe) = Probe::disk(config());
+    let _open = Opener(std::sync::Arc::clone(&probe));
     let mut client = disk.connect(options());
     probe.hold();
     let q = client.queue(0);
@@ -193,6 +194,7 @@ fn a_head_that_is_in_use() {
 #[test]
 fn a_broken_queue_drains() {
     let (disk, probe) = Probe::disk(config());
+    let _open = Opener(std::sync::Arc::clone(&probe));
     let mut client = disk.connect(options());
     probe.hold();
     let q = client.queue(0);

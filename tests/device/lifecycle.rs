@@ -2,10 +2,12 @@
 //!
 //! The requests in flight are held by a driver of ours (slow lane) or by a pipe in an io_uring (fast lane).
 
+use std::sync::Arc;
+
 use vub_client::proto::{self, req};
 use vub_client::{Client, Conn, MemStyle, Options, Status};
 
-use crate::common::probe::Probe;
+use crate::common::probe::{Asked, Opener, Probe};
 use crate::common::{Disk, LIMIT, SILENCE, config, eventually, small};
 
 const QUEUES: u16 = 2;
@@ -40,14 +42,16 @@ const WAYS: [How; 9] = [
 
 /// A guest of two queues with requests in flight on both.
 struct Busy {
+    _open: Opener,
     disk: Disk,
-    probe: std::sync::Arc<Probe>,
+    probe: Arc<Probe>,
     client: Client,
     fast: bool,
 }
 
 fn busy(fast: bool, mem_style: MemStyle) -> Busy {
     let (disk, probe) = if fast { Probe::piped(config()) } else { Probe::disk(config()) };
+    let open = Opener(Arc::clone(&probe));
     let mem_regions = 2;
     let options = Options { queues: QUEUES, mem_regions, mem_style, mem_size: 1 << 20, ..small() };
     let mut client = disk.connect(options);
@@ -66,7 +70,7 @@ fn busy(fast: bool, mem_style: MemStyle) -> Busy {
     if !fast {
         probe.wait_held(usize::from(QUEUES * HELD));
     }
-    Busy { disk, probe, client, fast }
+    Busy { _open: open, disk, probe, client, fast }
 }
 
 impl Busy {
@@ -210,6 +214,7 @@ fn a_disconnect_drains_the_fast_lane() {
 #[test]
 fn other_queues_go_on_while_one_drains() {
     let (disk, probe) = Probe::disk(config());
+    let _open = Opener(Arc::clone(&probe));
     let mut client = disk.connect(Options { queues: 2, ..small() });
     probe.hold();
     let read = client.queue(0).read_request(0, 512).unwrap();
@@ -231,6 +236,7 @@ fn closing_drains_and_flushes() {
     let Busy { disk, probe, mut client, .. } = busy;
     probe.take_log();
     std::thread::scope(|s| {
+        let _open = Opener(Arc::clone(&probe));
         let closing = s.spawn(move || drop(disk));
         client.conn.expect_silence(SILENCE).unwrap();
         assert!(!closing.is_finished());
@@ -240,5 +246,29 @@ fn closing_drains_and_flushes() {
     for q in client.queues_mut() {
         assert_eq!(q.ring().mem().used_idx(), HELD);
     }
-    assert!(probe.take_log().contains(&crate::common::probe::Asked::Flush));
+    assert!(probe.take_log().contains(&Asked::Flush));
+}
+
+/// While a memory change waits for what is in flight, nothing new is taken: a busy guest cannot keep it waiting.
+#[test]
+fn nothing_is_taken_while_memory_changes() {
+    let (disk, probe) = Probe::disk(config());
+    let _open = Opener(Arc::clone(&probe));
+    let mem_style = MemStyle::Table;
+    let mut client = disk.connect(Options { mem_style, ..small() });
+    probe.hold();
+    let submit = |client: &mut Client| {
+        let read = client.queue(0).read_request(0, 512).unwrap();
+        client.queue(0).submit(read).unwrap();
+    };
+    submit(&mut client);
+    probe.wait_held(1);
+    send(&client, How::MemTable);
+    client.conn.expect_silence(SILENCE).unwrap();
+    submit(&mut client);
+    client.conn.expect_silence(SILENCE).unwrap();
+    assert_eq!(probe.held(), 1, "a request was taken");
+    probe.release();
+    assert_eq!(client.conn.recv_within(LIMIT).unwrap().u64_at(0).unwrap(), 0);
+    assert_eq!(client.queue(0).wait_all().unwrap().len(), 2);
 }

@@ -144,6 +144,30 @@ fn memory_comes_and_goes_under_running_rings() {
     }
 }
 
+/// A guest that always has requests in flight cannot keep a memory change waiting.
+#[test]
+fn a_memory_change_is_not_starved() {
+    let disk = Disk::of(
+        serde_json::json!({"driver": "null-co", "node-name": "root", "latency-ns": 100_000}),
+        config(),
+    );
+    let mem_style = vub_client::MemStyle::Table;
+    let mut client = disk.connect(Options { mem_style, queue_size: 256, ..small() });
+    let keep_busy = |q: &mut Queue, _: &mut Random| {
+        while q.in_flight() < 64 {
+            q.submit(Request::read(0, q.buffers(512).unwrap())).unwrap();
+        }
+        assert_eq!(q.wait().unwrap().status, Status::Ok);
+    };
+    while_running(&mut client, keep_busy, |client, count| {
+        for _ in 0..20 {
+            some_more(count);
+            client.share_memory().unwrap();
+        }
+    });
+    client.queue(0).wait_all().unwrap();
+}
+
 /// The call descriptor changes for another and back, again and again. What the other got is lost for the guest, so it goes
 /// on only because each change is notified.
 #[test]
