@@ -205,6 +205,7 @@ static PROBE: DriverDef = DriverDef {
     kind: DriverKind::Protocol,
     options: &[OptionSpec::required("key", Kind::Str), OptionSpec::optional("fast", Kind::Bool)],
     open,
+    recognises: vhost_user_blk::block::Recognises::Nothing,
     child_perms: default_child_perms,
 };
 
