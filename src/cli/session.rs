@@ -48,6 +48,8 @@ impl Session {
     /// # Errors
     /// The first, with the option's text in front.
     pub fn process(&mut self, settings: &Settings) -> Result<Next> {
+        let strict = settings.items.iter().any(|item| item.opt == Some(Opt::StrictFormats));
+        self.graph.set_strict_formats(strict);
         for item in &settings.items {
             let next = self.option(item, settings);
             if let Next::Print(text) = next.map_err(|e| e.prepend(format!("{}: ", item.text)))? {

@@ -310,3 +310,32 @@ fn a_closed_pipe_is_no_crash() {
     child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
     assert!(wait(child).status.code().is_some(), "died of a signal: {text}");
 }
+
+/// `--strict-formats`: a backing file whose format the image does not name is not guessed.
+#[test]
+fn formats_are_not_guessed_if_told_so() {
+    let dir = tempfile::tempdir().unwrap();
+    File::create(dir.path().join("base.raw")).unwrap().set_len(1 << 20).unwrap();
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "top.qcow2"])
+        .current_dir(dir.path())
+        .status()
+        .unwrap();
+    assert!(made.success());
+    // The extension that names the format becomes one that nobody knows.
+    let path = dir.path().join("top.qcow2");
+    let mut image = fs::read(&path).unwrap();
+    let at = image.windows(4).position(|w| w == 0xe279_2acau32.to_be_bytes()).unwrap();
+    image[at..at + 4].copy_from_slice(&0x1234_5678u32.to_be_bytes());
+    fs::write(&path, image).unwrap();
+    let node =
+        "--blockdev driver=qcow2,read-only=on,node-name=n,file.driver=file,file.filename=top.qcow2";
+    let guessed = ours(dir.path(), &format!("{node} --print-graph")).output().unwrap();
+    assert!(guessed.status.success(), "{guessed:?}");
+    // Wherever it is on the command line.
+    let strict =
+        ours(dir.path(), &format!("{node} --print-graph --strict-formats")).output().unwrap();
+    assert_eq!(strict.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&strict.stderr);
+    assert!(text.contains("guessing it is not allowed"), "{text}");
+}
