@@ -79,6 +79,8 @@ pub mod export;
 pub mod mem;
 pub mod qapi;
 pub mod rt;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 pub mod sys;
 pub mod vhost_user;
 pub mod virtio;
