@@ -222,7 +222,9 @@ impl State {
         let Disk { image, options, .. } = &self.disks[disk];
         match *op {
             Op::Write { offset, from, .. } => Some(Change::Data(offset, bytes_of(from))),
-            Op::WriteZeroes { offset, len, .. } if options.zeroes => Some(Change::Zero(offset, len)),
+            Op::WriteZeroes { offset, len, .. } if options.zeroes => {
+                Some(Change::Zero(offset, len))
+            }
             Op::Discard { offset, len } => {
                 let len = len.min(image.len().saturating_sub(offset));
                 match options.discarded {

@@ -22,18 +22,17 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use super::disk::{DiskSpec, Fault, Request};
 use super::history::{Crash, History, Replay, Survivors};
 use super::model::{Model, Tag, tag_of};
+pub use super::seeds::{Failure, Report, seeds};
 use super::workload::{Guest, Workload, read};
 use super::{Pages, Rng, Sim};
 use crate::block::node::SECTOR;
@@ -131,52 +130,6 @@ impl Plan {
     pub fn new(seed: u64) -> Plan {
         let (workload, cuts) = (Workload::default(), Cuts::Random(10));
         Plan { seed, workload, cuts, outcomes: 4, lives: 2, fault: None }
-    }
-}
-
-/// What has been done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Report {
-    /// Seeds, or faults.
-    pub runs: u64,
-    /// The guests' operations.
-    pub operations: u64,
-    /// Events of the disks: the moments at which the power could be cut.
-    pub events: u64,
-    /// Cuts.
-    pub cuts: u64,
-    /// Crashed disks opened and compared.
-    pub outcomes: u64,
-    /// Writes whose memory changed while they were in flight.
-    pub changed_in_flight: u64,
-    /// A fingerprint of everything that happened.
-    pub trace: u64,
-}
-
-impl std::ops::AddAssign for Report {
-    fn add_assign(&mut self, other: Report) {
-        self.runs += other.runs;
-        self.operations += other.operations;
-        self.events += other.events;
-        self.cuts += other.cuts;
-        self.outcomes += other.outcomes;
-        self.changed_in_flight += other.changed_in_flight;
-        self.trace ^= other.trace;
-    }
-}
-
-/// What was found, and how to find it again.
-#[derive(Clone, Debug)]
-pub struct Failure {
-    /// The seed.
-    pub seed: u64,
-    /// When and what.
-    pub what: String,
-}
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "VUB_SIM_SEED={:#x}: {}", self.seed, self.what)
     }
 }
 
@@ -286,10 +239,15 @@ struct Life<'a> {
 type Legacy = (Vec<(String, Pages)>, HashMap<u64, Tag>);
 
 impl Life<'_> {
+    /// Whether requests may fail: only the first life has faults.
+    fn faulty(&self) -> bool {
+        self.plan.fault.is_some() && self.life == 0
+    }
+
     fn world(&self, disks: &[DiskSpec]) -> Rc<Sim> {
         let sim = Rc::new(Sim::new(self.seed));
         disks.iter().for_each(|disk| sim.add_disk(disk.clone()));
-        if let Some((disk, fault)) = self.plan.fault.filter(|_| self.life == 0) {
+        if let Some((disk, fault)) = self.plan.fault.filter(|_| self.faulty()) {
             sim.fail(disk, fault);
         }
         sim
@@ -333,7 +291,7 @@ impl Life<'_> {
     }
 
     fn work(&self, sim: &Rc<Sim>) -> Result<Rc<RefCell<Model>>, String> {
-        let faults = self.plan.fault.is_some();
+        let faults = self.faulty();
         let opened = match Opened::new(self.subject) {
             Ok(opened) => opened,
             Err(_) if faults => return Ok(Rc::new(RefCell::new(self.model()))),
@@ -343,8 +301,7 @@ impl Life<'_> {
         let model = Rc::new(RefCell::new(self.model()));
         let rng = Rng::new(self.seed).fork(3);
         let workload = self.plan.workload;
-        let guest =
-            Guest::new(node.clone(), sim.clone(), model.clone(), workload, faults, rng);
+        let guest = Guest::new(node.clone(), sim.clone(), model.clone(), workload, faults, rng);
         let done = sim.run(guest.run()).map_err(|e| e.to_string())?;
         done.map_err(|violation| format!("at work: {violation}"))?;
         self.last_flush(sim, &node, &model)?;
@@ -372,14 +329,14 @@ impl Life<'_> {
         let result = sim.run(async move { flushed.submit(Op::Flush).await });
         let result = result.map_err(|e| e.to_string())?;
         model.borrow_mut().end_flush(number, result.is_ok(), sim.tick());
-        if let (Err(errno), None) = (result, self.plan.fault) {
+        if let (Err(errno), false) = (result, self.faulty()) {
             return Err(format!("the last flush failed: {errno}"));
         }
         let found = self.read_all(sim, node, &model.borrow());
-        let found = match (found, self.plan.fault) {
+        let found = match found {
             // A fault that has not happened yet, or that fenced the node.
-            (Err(_), Some(_)) => return Ok(()),
-            (found, _) => found?,
+            Err(_) if self.faulty() => return Ok(()),
+            found => found?,
         };
         let now = sim.tick();
         let model = model.borrow();
@@ -429,7 +386,7 @@ impl Life<'_> {
     ) -> Result<Option<Legacy>, String> {
         let mut rng = Rng::new(self.seed).fork(4);
         let cuts = self.cuts(&mut rng, history.len());
-        // Only the cuts of the first half hand on: a life must be long enough to do harm.
+        // One of the cuts is where the next life begins.
         let heir = (!cuts.is_empty()).then(|| rng.index(cuts.len()));
         let mut replay = Replay::new(history);
         let mut legacy = None;
@@ -523,10 +480,7 @@ impl Crashed<'_> {
 }
 
 /// What each sector holds, over what was known before.
-fn contents(
-    found: &[(u64, Vec<u8>)],
-    before: &Option<HashMap<u64, Tag>>,
-) -> HashMap<u64, Tag> {
+fn contents(found: &[(u64, Vec<u8>)], before: &Option<HashMap<u64, Tag>>) -> HashMap<u64, Tag> {
     let mut known = before.clone().unwrap_or_default();
     for (start, bytes) in found {
         let sectors = bytes.chunks(SECTOR as usize);
@@ -536,44 +490,4 @@ fn contents(
         }));
     }
     known
-}
-
-/// Runs `one` for fresh seeds until `time` is over (`VUB_SIM_SECONDS` instead, if set; `VUB_SIM_SEED`: that one only),
-/// and says how fast it was.
-///
-/// # Panics
-/// At the first failure, with its seed.
-pub fn seeds(
-    name: &str,
-    time: Duration,
-    mut one: impl FnMut(u64) -> Result<Report, Failure>,
-) -> Report {
-    let mut check = |seed| one(seed).unwrap_or_else(|failure| panic!("{name}: {failure}"));
-    if let Some(seed) = number("VUB_SIM_SEED") {
-        return check(seed);
-    }
-    let time = number("VUB_SIM_SECONDS").map_or(time, Duration::from_secs);
-    let mut all = Report::default();
-    let start = Instant::now();
-    let mut seed = number("VUB_SIM_FIRST").unwrap_or(1);
-    while start.elapsed() < time {
-        all += check(seed);
-        seed += 1;
-    }
-    let seconds = start.elapsed().as_secs_f64();
-    let per_second = |n: u64| n as f64 / seconds;
-    println!(
-        "{name}: {} runs in {seconds:.1} s: {:.1} runs/s, {:.0} operations/s, {:.0} crashes/s",
-        all.runs,
-        per_second(all.runs),
-        per_second(all.operations),
-        per_second(all.outcomes)
-    );
-    all
-}
-
-fn number(variable: &str) -> Option<u64> {
-    let text = std::env::var(variable).ok()?;
-    let digits = text.strip_prefix("0x");
-    digits.map_or_else(|| text.parse().ok(), |hex| u64::from_str_radix(hex, 16).ok())
 }

@@ -25,6 +25,7 @@ mod model;
 mod pages;
 mod rng;
 mod run;
+mod seeds;
 mod workload;
 
 pub use disk::{Discarded, DiskOptions, DiskSpec, Fault, Request};

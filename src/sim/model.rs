@@ -15,8 +15,11 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::OnceLock;
 
+use super::Rng;
 use super::history::{Crash, Time};
+use super::rng::mix;
 use crate::block::node::SECTOR;
 
 /// A tag is the number of a life above this bit, and that of an operation (from 1) below.
@@ -38,23 +41,32 @@ impl Tag {
     }
 }
 
-fn word(tag: Tag, sector: u64, i: usize) -> u64 {
-    match i {
-        0 => tag.0,
-        1 => sector,
-        i => (tag.0 ^ sector << 20).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(7) ^ i as u64,
-    }
+/// Bytes without a period, of which each content takes a piece that depends on tag and sector: compared and copied at the
+/// speed of memory, also in a debug build.
+fn noise(tag: Tag, sector: u64) -> &'static [u8] {
+    static NOISE: OnceLock<Vec<u8>> = OnceLock::new();
+    let noise = NOISE.get_or_init(|| {
+        let mut rng = Rng::new(0x0155);
+        (0..2 * NOISE_PERIOD / 8).flat_map(|_| rng.next_u64().to_le_bytes()).collect()
+    });
+    let at = usize::try_from(mix(tag.0 ^ mix(sector)) % NOISE_PERIOD).expect("a small number");
+    &noise[at..at + SECTOR_BYTES - HEAD]
 }
+
+/// Tag and sector at the start of each sector, in bytes.
+const HEAD: usize = 16;
+/// Pieces of noise start below this.
+const NOISE_PERIOD: u64 = 4096;
 
 /// Fills `bytes` (whole sectors, from `sector` on) with the content `tag`.
 pub fn fill(tag: Tag, sector: u64, bytes: &mut [u8]) {
     if tag == Tag::ZERO {
         return bytes.fill(0);
     }
-    for (n, sector_bytes) in bytes.chunks_mut(SECTOR_BYTES).enumerate() {
-        for (i, place) in sector_bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            *place = word(tag, sector + n as u64, i).to_le_bytes();
-        }
+    for (sector, bytes) in (sector..).zip(bytes.chunks_mut(SECTOR_BYTES)) {
+        bytes[..8].copy_from_slice(&tag.0.to_le_bytes());
+        bytes[8..HEAD].copy_from_slice(&sector.to_le_bytes());
+        bytes[HEAD..].copy_from_slice(noise(tag, sector));
     }
 }
 
@@ -66,14 +78,20 @@ pub fn tag_of(sector: u64, bytes: &[u8]) -> Result<Tag, String> {
     let words = bytes.as_chunks::<8>().0;
     let read = |i: usize| words.get(i).map_or(0, |bytes| u64::from_le_bytes(*bytes));
     let (tag, claimed) = (Tag(read(0)), read(1));
-    let bad = match tag {
-        Tag::ZERO => (0..words.len()).find(|i| read(*i) != 0),
-        tag => (0..words.len()).find(|i| read(*i) != word(tag, claimed, *i)),
+    let expected = match tag {
+        Tag::ZERO => &[0; SECTOR_BYTES - HEAD],
+        tag => noise(tag, claimed),
     };
-    match bad {
-        None if tag == Tag::ZERO || claimed == sector => Ok(tag),
-        None => Err(format!("what belongs to sector {claimed} ({tag})")),
-        Some(i) => Err(format!("a mixture: {tag} up to byte {}, then {:#x}", i * 8, read(i))),
+    match bytes.get(HEAD..) {
+        Some(rest) if rest == expected && (tag, claimed) == (Tag::ZERO, 0) => Ok(tag),
+        Some(rest) if rest == expected && tag != Tag::ZERO && claimed == sector => Ok(tag),
+        Some(rest) if rest == expected && tag != Tag::ZERO => {
+            Err(format!("what belongs to sector {claimed} ({tag})"))
+        }
+        rest => {
+            let same = rest.into_iter().flatten().zip(expected).take_while(|(a, b)| a == b);
+            Err(format!("a mixture: {tag} of sector {claimed} up to byte {}", HEAD + same.count()))
+        }
     }
 }
 
@@ -225,8 +243,7 @@ impl Model {
         issued: Time,
         completed: Time,
     ) -> Result<(), Violation> {
-        let seen =
-            Expectation { model: self, until: completed, settled: issued, stable: None };
+        let seen = Expectation { model: self, until: completed, settled: issued, stable: None };
         seen.check(sector, bytes)
     }
 

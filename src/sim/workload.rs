@@ -199,8 +199,7 @@ impl Guest {
             Step::Write(start, len, fua) => self.write(start, len, fua).await,
             Step::Zeroes(start, len, unmap) => {
                 let flags = if unmap { ZeroFlags::MAY_UNMAP } else { ZeroFlags::empty() };
-                let op =
-                    Op::WriteZeroes { offset: start * SECTOR, len: len * SECTOR, flags };
+                let op = Op::WriteZeroes { offset: start * SECTOR, len: len * SECTOR, flags };
                 let begun = self.begin(Change::Zeroes, start, len, false);
                 self.change(begun.0, op).await
             }

@@ -3,6 +3,7 @@
 //! `raw` over a simulated disk must pass; a toy format (`toy.rs`) passes as it is and fails with any one of its rules
 //! broken. Time: `VUB_SIM_SECONDS` for each test; one seed: `VUB_SIM_SEED`; first seed: `VUB_SIM_FIRST`.
 #![forbid(unsafe_code)]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 mod toy;
 mod world;

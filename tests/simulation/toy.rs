@@ -232,7 +232,8 @@ impl Format {
             *place = host.to_be_bytes();
         }
         let iov = [table.iovec()];
-        self.child(Op::Write { offset: 0, from: Sg::new(&iov), flags: WriteFlags::empty() }).await?;
+        self.child(Op::Write { offset: 0, from: Sg::new(&iov), flags: WriteFlags::empty() })
+            .await?;
         if !self.breaks("no flush after the map") {
             self.child(Op::Flush).await?;
         }
@@ -331,7 +332,8 @@ const SEEDS: u64 = 200;
 #[test]
 fn every_broken_rule_is_found() {
     for toy in &WRONG {
-        let found = (1..=SEEDS).find_map(|seed| Some((seed, harness::run(toy, &plan(seed)).err()?)));
+        let found =
+            (1..=SEEDS).find_map(|seed| Some((seed, harness::run(toy, &plan(seed)).err()?)));
         let Some((seed, failure)) = found else {
             panic!("'{}' is not found in {SEEDS} seeds", toy.0);
         };
