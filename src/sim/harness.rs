@@ -235,6 +235,9 @@ struct Life<'a> {
     seed: u64,
 }
 
+/// What was read: first sectors and bytes.
+type Found = Vec<(u64, Vec<u8>)>;
+
 /// The disks after the last crash, and what the guest finds on them.
 type Legacy = (Vec<(String, Pages)>, HashMap<u64, Tag>);
 
@@ -351,12 +354,7 @@ impl Life<'_> {
     }
 
     /// All that the guest has touched, and what is around it: (first sector, bytes).
-    fn read_all(
-        &self,
-        sim: &Sim,
-        node: &Arc<Node>,
-        model: &Model,
-    ) -> Result<Vec<(u64, Vec<u8>)>, String> {
+    fn read_all(&self, sim: &Sim, node: &Arc<Node>, model: &Model) -> Result<Found, String> {
         let node = Arc::clone(node);
         let ranges = model.touched(AROUND, self.plan.workload.sectors);
         let reading = async move {
@@ -402,7 +400,7 @@ impl Life<'_> {
                     format!("{crash:?} at cut {cut} (time {time}), {survivors:?}: {e}")
                 })?;
                 if heir == Some(number) {
-                    legacy = Some((images, found));
+                    legacy = Some((images, contents(&found, self.content)));
                 }
             }
         }
@@ -451,13 +449,8 @@ struct Crashed<'a> {
 }
 
 impl Crashed<'_> {
-    /// Opens the disks, checks, reads, compares. Answers the content, sector by sector.
-    fn examine(
-        &self,
-        model: &Model,
-        crash: Crash,
-        time: super::Time,
-    ) -> Result<HashMap<u64, Tag>, String> {
+    /// Opens the disks, checks, reads, compares. Answers what it has read.
+    fn examine(&self, model: &Model, crash: Crash, time: super::Time) -> Result<Found, String> {
         let Crashed { life, disks, images } = self;
         let sim = Sim::new(life.seed ^ time);
         for (disk, (_, image)) in disks.iter().zip(images.iter()) {
@@ -475,12 +468,12 @@ impl Crashed<'_> {
         close.map_err(|e| format!("closing after the crash: {e}"))?;
         drop(node);
         opened.close();
-        Ok(contents(&found, life.content))
+        Ok(found)
     }
 }
 
 /// What each sector holds, over what was known before.
-fn contents(found: &[(u64, Vec<u8>)], before: &Option<HashMap<u64, Tag>>) -> HashMap<u64, Tag> {
+fn contents(found: &Found, before: &Option<HashMap<u64, Tag>>) -> HashMap<u64, Tag> {
     let mut known = before.clone().unwrap_or_default();
     for (start, bytes) in found {
         let sectors = bytes.chunks(SECTOR as usize);
