@@ -46,6 +46,7 @@
 //! * [`export`]: requests, queues, workers.
 //! * [`vhost_user`]: messages, session, server. Not the `vhost` crate's handler: see there.
 //! * [`qapi`], [`cli`]: QEMU's option language and the command line.
+//! * `sim` (feature `sim`, for tests): the drivers on simulated disks whose power fails at any moment.
 //!
 //! Imports point downwards in this list reversed: nothing imports upward. `mem::sg` is below `rt`, which only needs it to
 //! name memory.
@@ -79,6 +80,8 @@ pub mod export;
 pub mod mem;
 pub mod qapi;
 pub mod rt;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 pub mod sys;
 pub mod vhost_user;
 pub mod virtio;

@@ -72,6 +72,26 @@ impl Executor {
         !self.ready.borrow().is_empty()
     }
 
+    /// How many wake-ups wait to be served (a task may have several).
+    #[cfg(any(test, feature = "sim"))]
+    pub(super) fn ready(&self) -> usize {
+        self.ready.borrow().len()
+    }
+
+    /// Makes the `n`th of the ready tasks the next one.
+    #[cfg(any(test, feature = "sim"))]
+    pub(super) fn bring_forward(&self, n: usize) {
+        self.ready.borrow_mut().swap(0, n);
+    }
+
+    /// Drops all tasks: the simulated process has been killed.
+    #[cfg(any(test, feature = "sim"))]
+    pub(super) fn kill(&self) {
+        self.ready.borrow_mut().clear();
+        let slots = self.slots.take();
+        drop(slots);
+    }
+
     /// The number of unfinished tasks.
     pub fn tasks(&self) -> usize {
         self.slots.borrow().len()

@@ -36,6 +36,8 @@ mod mailbox;
 pub mod poll;
 mod pool;
 mod reactor;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 pub mod sync;
 mod uring;
 
@@ -180,6 +182,9 @@ pub struct Runtime {
     commands: RefCell<Vec<Box<dyn std::any::Any + Send>>>,
     timers: RefCell<BinaryHeap<Reverse<Timer>>>,
     timer_count: Cell<u64>,
+    /// The time in a simulation.
+    #[cfg(any(test, feature = "sim"))]
+    clock: Cell<Option<Instant>>,
 }
 
 struct Timer {
@@ -247,6 +252,8 @@ impl Runtime {
             commands: RefCell::new(Vec::new()),
             timers: RefCell::new(BinaryHeap::new()),
             timer_count: Cell::new(0),
+            #[cfg(any(test, feature = "sim"))]
+            clock: Cell::new((kind == WaitKind::Simulated).then(Instant::now)),
         });
         CURRENT.with(|c| {
             let before = c.borrow_mut().replace(Rc::clone(&rt));
@@ -294,8 +301,17 @@ impl Runtime {
         if self.commands.borrow().is_empty() { Vec::new() } else { self.commands.take() }
     }
 
+    /// The time: the machine's, or a simulation's.
+    fn now(&self) -> Instant {
+        #[cfg(any(test, feature = "sim"))]
+        if let Some(now) = self.clock.get() {
+            return now;
+        }
+        Instant::now()
+    }
+
     fn fire_timers(&self) {
-        let now = Instant::now();
+        let now = self.now();
         loop {
             let mut timers = self.timers.borrow_mut();
             match timers.peek() {
@@ -357,6 +373,8 @@ impl std::ops::Deref for Installed {
 impl Drop for Installed {
     fn drop(&mut self) {
         CURRENT.with(|c| c.borrow_mut().take());
+        #[cfg(any(test, feature = "sim"))]
+        self.rt.end_of_simulation();
         if !std::thread::panicking() {
             assert_eq!(self.rt.reactor.borrow().in_flight(), 0, "requests outlive their runtime");
         }
@@ -397,6 +415,10 @@ impl Future for Operation<'_> {
 
 impl Drop for Operation<'_> {
     fn drop(&mut self) {
+        #[cfg(any(test, feature = "sim"))]
+        if self.rt.is_simulated() {
+            return;
+        }
         if !self.finished {
             log::error!("an operation in flight was abandoned");
             std::process::abort();
@@ -484,9 +506,9 @@ pub async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static)
 /// Waits for `time`.
 pub async fn sleep(time: Duration) {
     let rt = current();
-    let due = Instant::now() + time;
+    let due = rt.now() + time;
     std::future::poll_fn(|cx| {
-        if Instant::now() >= due {
+        if rt.now() >= due {
             return Poll::Ready(());
         }
         let number = rt.timer_count.get();
@@ -514,6 +536,10 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
 /// # Panics
 /// If the thread drives a runtime already.
 pub fn try_block_on<T>(future: impl Future<Output = T>) -> Result<T, Errno> {
+    #[cfg(any(test, feature = "sim"))]
+    if let Some(world) = sim::current_world() {
+        return Ok(sim::block_on(&*world, future));
+    }
     let rt = Runtime::install(WaitKind::Epoll)?;
     Ok(drive(&rt, future))
 }
@@ -523,6 +549,10 @@ pub fn try_block_on<T>(future: impl Future<Output = T>) -> Result<T, Errno> {
 /// # Panics
 /// As [`block_on`]; or if io_uring does not work here.
 pub fn block_on_with<T>(kind: WaitKind, future: impl Future<Output = T>) -> T {
+    #[cfg(any(test, feature = "sim"))]
+    if let Some(world) = sim::current_world() {
+        return sim::block_on(&*world, future);
+    }
     drive(&Runtime::install(kind).expect("a thread can have a runtime"), future)
 }
 

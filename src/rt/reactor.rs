@@ -27,11 +27,16 @@ pub enum WaitKind {
     Uring,
     /// In epoll.
     Epoll,
+    /// Nowhere: a simulation decides what happens next (see `rt/sim.rs`).
+    #[cfg(any(test, feature = "sim"))]
+    Simulated,
 }
 
 enum Wait {
     Uring(Box<Uring>),
     Epoll(Epoll),
+    #[cfg(any(test, feature = "sim"))]
+    Simulated(super::sim::Calls),
 }
 
 /// What happened, for the thread's own program.
@@ -86,6 +91,8 @@ impl Reactor {
         let wait = match kind {
             WaitKind::Uring => Wait::Uring(Box::new(Uring::new()?)),
             WaitKind::Epoll => Wait::Epoll(Epoll::new()?),
+            #[cfg(any(test, feature = "sim"))]
+            WaitKind::Simulated => Wait::Simulated(super::sim::Calls::default()),
         };
         let bell = inbox.bell().0.as_raw_fd();
         let mut reactor = Reactor {
@@ -129,6 +136,9 @@ impl Reactor {
         match (file.engine, &mut self.wait, &mut self.aio) {
             (Engine::IoUring, Wait::Uring(ring), _) => ring.push_rw(rw, token),
             (Engine::Native, _, Some(aio)) => aio.push(rw, token),
+            // The kernel's files are not part of a simulated world.
+            #[cfg(any(test, feature = "sim"))]
+            (_, Wait::Simulated(_), _) => self.finished.push((token, -libc::ENOSYS)),
             _ => pool().push(Job::Rw { rw: *rw, token, inbox: Arc::clone(&self.inbox) }),
         }
     }
@@ -194,6 +204,11 @@ impl Reactor {
     pub(super) fn submit_call(&mut self, op: usize, call: impl FnOnce() -> i32 + Send + 'static) {
         self.in_flight += 1;
         let (inbox, token) = (Arc::clone(&self.inbox), token(Kind::Op, op as u64));
+        #[cfg(any(test, feature = "sim"))]
+        if let Wait::Simulated(calls) = &mut self.wait {
+            calls.push(token, call);
+            return;
+        }
         pool().push(Job::Call(Box::new(move || {
             let result = call();
             inbox.post(super::Mail::Done { token, result });
@@ -237,6 +252,8 @@ impl Reactor {
                 ring.push_poll(fd, token);
             }
             Wait::Epoll(epoll) => epoll.add(fd, token)?,
+            #[cfg(any(test, feature = "sim"))]
+            Wait::Simulated(_) => {}
         }
         entry.insert(Watch { fd, payload, token });
         Ok(key)
@@ -248,6 +265,8 @@ impl Reactor {
         match &mut self.wait {
             Wait::Uring(ring) => ring.remove_poll(watch.token, token(Kind::Ignored, 0)),
             Wait::Epoll(epoll) => epoll.remove(watch.fd),
+            #[cfg(any(test, feature = "sim"))]
+            Wait::Simulated(_) => {}
         }
     }
 
@@ -269,6 +288,8 @@ impl Reactor {
         let ring = match &mut self.wait {
             Wait::Uring(ring) => ring.has_events(),
             Wait::Epoll(_) => false,
+            #[cfg(any(test, feature = "sim"))]
+            Wait::Simulated(_) => false,
         };
         ring || !self.finished.is_empty() || self.aio.as_ref().is_some_and(Aio::has_events)
     }
@@ -297,6 +318,8 @@ impl Reactor {
             Wait::Epoll(epoll) => epoll.take(|token| {
                 ready(watches, token, to);
             }),
+            #[cfg(any(test, feature = "sim"))]
+            Wait::Simulated(_) => {}
         }
         if let Some(aio) = aio {
             aio.reap(|token, result| complete(ops, in_flight, token, result, to));
@@ -323,6 +346,23 @@ impl Reactor {
         match &mut self.wait {
             Wait::Uring(ring) => ring.wait(timeout),
             Wait::Epoll(epoll) => epoll.wait(timeout),
+            #[cfg(any(test, feature = "sim"))]
+            Wait::Simulated(_) => unreachable!("a simulation does not wait"),
+        }
+    }
+
+    /// `calls` requests will never be answered: their simulation is over.
+    #[cfg(any(test, feature = "sim"))]
+    pub(super) fn forget(&mut self, calls: usize) {
+        self.in_flight -= calls;
+    }
+
+    /// The calls that a simulation holds back; `None` outside of one.
+    #[cfg(any(test, feature = "sim"))]
+    pub(super) fn held_calls(&mut self) -> Option<&mut super::sim::Calls> {
+        match &mut self.wait {
+            Wait::Simulated(calls) => Some(calls),
+            _ => None,
         }
     }
 }
