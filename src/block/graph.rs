@@ -17,6 +17,7 @@ use super::{drivers, open};
 use crate::err;
 use crate::error::{Error, Result};
 use crate::qapi::Options;
+use crate::rt;
 
 /// The most nodes on a way from a root to a leaf. Backing chains of some 200 images exist. Requests walk down without
 /// recursion; closing and permissions recurse, with frames that stay far below a thread's stack at this depth; opening
@@ -135,6 +136,10 @@ impl Graph {
     /// Opens a node and what is below it on a thread of its own: with a stack for deep chains, and with freedom to wait
     /// for I/O whatever the calling thread drives.
     fn open_on_own_stack(&self, options: Options) -> Result<Arc<Node>> {
+        // A simulation is one thread, and lets drivers wait on it.
+        if rt::is_simulated() {
+            return open::open(self, options, open::Above::NONE);
+        }
         std::thread::scope(|scope| {
             let opener = std::thread::Builder::new().name("blk-open".into()).stack_size(OPEN_STACK);
             let open = || open::open(self, options, open::Above::NONE);

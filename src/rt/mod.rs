@@ -556,6 +556,15 @@ pub fn block_on_with<T>(kind: WaitKind, future: impl Future<Output = T>) -> T {
     drive(&Runtime::install(kind).expect("a thread can have a runtime"), future)
 }
 
+/// Whether the calling thread is inside of a simulation (`sim`): never in the program that is shipped.
+pub fn is_simulated() -> bool {
+    #[cfg(any(test, feature = "sim"))]
+    if sim::current_world().is_some() {
+        return true;
+    }
+    false
+}
+
 fn drive<T>(rt: &Runtime, future: impl Future<Output = T>) -> T {
     struct MainWaker(Arc<Inbox>);
     impl std::task::Wake for MainWaker {
