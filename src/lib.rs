@@ -79,5 +79,6 @@ pub mod export;
 pub mod mem;
 pub mod qapi;
 pub mod rt;
+pub mod sys;
 pub mod vhost_user;
 pub mod virtio;

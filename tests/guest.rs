@@ -3,6 +3,8 @@
 //! `contrib/guest/run` boots and judges (it needs what `contrib/setup` installs and fails without it). One guest at a time:
 //! they are emulated and would starve each other.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,1 +1,122 @@
 //! The command line: QSD's options in QSD's words, and our own.
+//!
+//! Two passes. The first ([`plan`]) collects what must be known before anything happens (`--daemonize`, `--pidfile`,
+//! ...) and answers `--help` and `--version`; the second ([`session`]) makes nodes, objects and exports in the order in
+//! which they are written. Nobody is served before the last option has been processed.
+//!
+//! ```text
+//! getopt -> plan -> (daemonize) -> session -> pidfile -> publish -> serve -> READY -> signal -> STOPPING -> close
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod daemon;
+pub mod exports;
+pub mod getopt;
+pub mod help;
+pub mod listen;
+pub mod objects;
+pub mod plan;
+pub mod session;
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use daemon::{Background, Pidfile, Side};
+use help::PROGRAM;
+use plan::{Plan, Settings};
+use session::{Next, Session};
+
+use crate::err;
+use crate::error::{Error, Result};
+use crate::sys::{self, Signals};
+
+/// The signals that end the program.
+const STOP_SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+
+/// Runs the program with `args`, the first of which is its name. Errors go to the standard error.
+pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
+    match run(args) {
+        Ok(code) => code,
+        Err(e) => {
+            let hint = e.hint().map(|hint| format!("{hint}\n")).unwrap_or_default();
+            eprint!("{PROGRAM}: {e}\n{hint}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
+    let args = args
+        .skip(1)
+        .map(|arg| arg.into_string().map_err(|arg| err!("{}: not valid UTF-8", arg.display())))
+        .collect::<Result<Vec<_>>>()?;
+    let settings = match Plan::read(&args)? {
+        Plan::Print(text) => return print(&text),
+        Plan::Serve(settings) => settings,
+    };
+    listen::note_systemd();
+    let background = match settings.daemonize {
+        false => None,
+        true => match daemon::daemonize().map_err(|e| err!("cannot daemonize: {e}"))? {
+            Side::Parent(code) => return Ok(ExitCode::from(code)),
+            Side::Daemon(background) => Some(background),
+        },
+    };
+    start_logging(&settings);
+    if let Err(e) = sys::raise_nofile_limit() {
+        log::warn!("cannot raise the limit of open files: {e}");
+    }
+    // Before the first thread: threads inherit the mask.
+    let signals = Signals::block(&STOP_SIGNALS).map_err(|e| err!("cannot block signals: {e}"))?;
+    let mut session = Session::new();
+    let mut pidfile = None;
+    let result = serve(&mut session, &mut pidfile, &settings, background, &signals);
+    session.close();
+    // The last trace of the process, for who waits for it.
+    drop(pidfile);
+    result
+}
+
+/// Everything between the first node and the signal to stop. What it makes outlives it, whatever happens.
+fn serve(
+    session: &mut Session,
+    pidfile: &mut Option<Pidfile>,
+    settings: &Settings,
+    background: Option<Background>,
+    signals: &Signals,
+) -> Result<ExitCode> {
+    if let Next::Print(text) = session.process(settings)? {
+        return print(&text);
+    }
+    // Locked before a socket of a process with the same pidfile is replaced; filled when ours is there to be used.
+    *pidfile = settings.pidfile.as_deref().map(Pidfile::lock).transpose()?;
+    session.publish()?;
+    pidfile.as_mut().map(Pidfile::fill).transpose()?;
+    session.serve()?;
+    if let Some(background) = background {
+        background.ready().map_err(|e| err!("cannot go to the background: {e}"))?;
+    }
+    daemon::notify("READY=1");
+    let signal = signals.wait().map_err(|e| err!("cannot wait for signals: {e}"))?;
+    log::info!("signal {signal}: stopping");
+    daemon::notify("STOPPING=1");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints to the standard output.
+fn print(text: &str) -> Result<ExitCode> {
+    let printed = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());
+    printed.map_err(|e| Error::new(format!("cannot print: {e}")))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Logs to the standard error: by `--log-level`, else by `RUST_LOG`, else warnings and errors.
+fn start_logging(settings: &Settings) {
+    let mut builder =
+        env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"));
+    if let Some(level) = &settings.log_level {
+        builder.parse_filters(level);
+    }
+    builder.init();
+}

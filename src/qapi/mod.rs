@@ -3,7 +3,19 @@
 //! The result of a check is an [`Options`] tree in which every value has its right JSON type (`true`, `42`,
 //! `"text"`, nested objects for structs and inline children, a string for a reference to a node), whichever of the
 //! two syntaxes it came from. Nothing below this layer parses text.
+//!
+//! ```text
+//! argument --> json | keyval --> visit (schema, number) --> Options
+//! ```
 #![forbid(unsafe_code)]
+
+pub mod json;
+pub mod keyval;
+pub mod number;
+pub mod schema;
+pub mod visit;
+
+pub use visit::{Input, Syntax};
 
 /// A checked and typed option tree: what the block graph takes.
 pub type Options = serde_json::Map<String, serde_json::Value>;
@@ -32,8 +44,19 @@ pub enum Kind {
     BlockdevRefOrNull,
     /// A nested object.
     Struct(&'static [OptionSpec]),
+    /// A nested object whose members depend on the word in one of them: a flat union.
+    Union(&'static UnionSpec),
     /// `StrOrNull`, alternates and lists that a driver takes apart itself.
     Any,
+}
+
+/// The members of a flat union.
+#[derive(Debug)]
+pub struct UnionSpec {
+    /// The member that chooses.
+    pub tag: &'static str,
+    /// Its words, and the further members that each brings.
+    pub branches: &'static [(&'static str, &'static [OptionSpec])],
 }
 
 /// One option of a driver, export or object.

@@ -9,8 +9,6 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-
 use super::QueueSetup;
 use super::message::VringAddr;
 use crate::err;
@@ -47,14 +45,13 @@ impl Ring {
         self.enabled && self.size != 0 && self.addr.is_some() && self.kick.is_some()
     }
 
-    /// Whether the whole ring lies in `map`, properly aligned (virtio 1.2, 2.7 "Split Virtqueues"). Its last fields
-    /// are there with EVENT_IDX only.
-    pub(super) fn is_mapped(&self, map: &GuestMap, features: u64) -> bool {
+    /// Whether the whole ring lies in `map`, properly aligned (virtio 1.3, 2.7 "Split Virtqueues"), with the event fields at
+    /// its ends, as the device's ring wants it.
+    pub(super) fn is_mapped(&self, map: &GuestMap) -> bool {
         let Some(addr) = self.addr else { return false };
         let n = u64::from(self.size);
-        let rest = if features & 1 << VIRTIO_RING_F_EVENT_IDX == 0 { 4 } else { 6 };
         let parts =
-            [(addr.desc, 16 * n, 16), (addr.avail, rest + 2 * n, 2), (addr.used, rest + 8 * n, 4)];
+            [(addr.desc, 16 * n, 16), (addr.avail, 6 + 2 * n, 2), (addr.used, 6 + 8 * n, 4)];
         parts.iter().all(|(at, len, align)| map.translate_user(*at, *len, *align).is_some())
     }
 

@@ -298,9 +298,8 @@ impl Session<'_> {
     /// Changes to another map. Rings that it does not hold any more are stopped first; rings that waited for theirs
     /// start.
     fn switch_memory(&mut self, map: Arc<GuestMap>, drain: bool) {
-        let features = self.features.unwrap_or(0);
         for i in self.all() {
-            if self.rings[i].running && !self.rings[i].is_mapped(&map, features) {
+            if self.rings[i].running && !self.rings[i].is_mapped(&map) {
                 self.halt(i);
                 self.warn(&format!("queue {i}: its memory is taken away, it stops"));
             }
@@ -311,7 +310,7 @@ impl Session<'_> {
         self.map = map;
         // Regions may come one by one: a ring that is not in memory yet is no reason to refuse this one.
         for i in self.all() {
-            if self.rings[i].is_mapped(&self.map, features) {
+            if self.rings[i].is_mapped(&self.map) {
                 self.start_or_warn(i);
             }
         }
@@ -329,7 +328,7 @@ impl Session<'_> {
         if ring.running || !ring.is_wanted() || self.map.regions().is_empty() {
             return Ok(());
         }
-        if !ring.is_mapped(&self.map, features) {
+        if !ring.is_mapped(&self.map) {
             return Err(err!("queue {i}: its addresses are not in guest memory"));
         }
         let fail = |e: &dyn std::fmt::Display| err!("queue {i}: cannot start: {e}");
@@ -421,11 +420,7 @@ impl Session<'_> {
         }
         self.rings[i].addr = Some(addr);
         // A ring that was kicked before may have lacked this alone. If its memory is still to come, that is no error.
-        if ran || self.rings[i].is_mapped(&self.map, self.features.unwrap_or(0)) {
-            self.start(i)
-        } else {
-            Ok(())
-        }
+        if ran || self.rings[i].is_mapped(&self.map) { self.start(i) } else { Ok(()) }
     }
 
     /// SET_VRING_ENABLE. cloud-hypervisor pauses a guest with a 0 alone: then the ring is drained before the answer, and

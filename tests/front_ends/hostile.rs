@@ -292,9 +292,9 @@ fn random_conversations_leave_nothing_behind() {
     for round in 0..200 {
         let client = f.connect();
         if round % 2 == 0 {
-            client.start()
+            client.start();
         } else {
-            client.handshake(None)
+            client.handshake(None);
         }
         for _ in 0..100 {
             let (message, fds) = random.message();

@@ -114,7 +114,7 @@ impl Mock {
 
 fn lies_in(map: &GuestMap, s: &QueueSetup) -> bool {
     let n = u64::from(s.size);
-    let parts = [(s.desc, 16 * n, 16), (s.avail, 4 + 2 * n, 2), (s.used, 4 + 8 * n, 4)];
+    let parts = [(s.desc, 16 * n, 16), (s.avail, 6 + 2 * n, 2), (s.used, 6 + 8 * n, 4)];
     parts.iter().all(|(at, len, align)| map.translate_user(*at, *len, *align).is_some())
 }
 

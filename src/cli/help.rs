@@ -1,0 +1,84 @@
+//! What `--help`, `--version` and `--print-capabilities` print.
+#![forbid(unsafe_code)]
+
+/// The name in front of every error.
+pub const PROGRAM: &str = "vhost-user-blk";
+
+/// One line that says "version X.Y.Z", as tools expect it, and what it can stand in for.
+pub fn version() -> String {
+    let version = env!("CARGO_PKG_VERSION");
+    format!("{PROGRAM} version {version} (command line of qemu-storage-daemon 10.0)\n")
+}
+
+/// The answer to `--print-capabilities`: QEMU's docs/interop/vhost-user.json.
+pub const CAPABILITIES: &str = r#"{
+  "type": "block",
+  "features": [
+    "read-only",
+    "blk-file"
+  ]
+}
+"#;
+
+/// The help.
+pub const HELP: &str = r#"Usage: vhost-user-blk [options]
+Serves disk images to virtual machines over vhost-user. Takes the command line of
+qemu-storage-daemon, processed in order; long options may have one dash or two.
+
+  --blockdev [driver=]<driver>,node-name=<name>[,discard=ignore|unmap]
+             [,cache.direct=on|off][,cache.no-flush=on|off]
+             [,read-only=on|off][,auto-read-only=on|off]
+             [,force-share=on|off][,detect-zeroes=on|off|unmap]
+             [,<options of the driver>...]
+  --blockdev '{"driver":"<driver>","node-name":"<name>",...}'
+                         define a block node
+
+  --export [type=]vhost-user-blk,id=<id>,node-name=<name>,
+           addr.type=unix,addr.path=<path>[,addr.abstract=on|off]
+  --export [type=]vhost-user-blk,id=<id>,node-name=<name>,
+           addr.type=fd,addr.str=<number, or systemd's name of a listening socket>
+           [,writable=on|off]              guests may write (default off)
+           [,writethrough=on|off]          every write is stable when it completes (off)
+           [,num-queues=<n>]               queues offered (16)
+           [,queue-size=<n>]               largest ring, a power of 2, 16 to 1024 (256)
+           [,logical-block-size=<size>]    512 to 2M (512)
+           [,serial=<text>]                at most 20 bytes (vhost_user_blk)
+           [,threads=<n>]                  workers (one for each queue, at most one
+                                           for each processor of the host)
+           [,poll-max-ns=<n>]              longest busy wait, 0 = none (32768)
+           [,iothread=<id>][,fixed-iothread=on|off]
+                                           take poll-max-ns from that object
+                         offer a block node to a guest; `id` may be left out
+                         where there is only one export
+
+  --object help          list the types of objects
+  --object <type>,help   list the properties of a type
+  --object iothread,id=<id>[,poll-max-ns=<n>]...
+  --object secret,id=<id>,data=<text>|file=<path>[,format=raw|base64]
+                         define an object
+
+  --pidfile <path>       write the process number to a file once all is set up
+  --daemonize            go to the background once all is set up
+  -T, --trace <...>      accepted and ignored; see --log-level
+  -V, --version          print the version
+  -h, --help             print this
+
+As QEMU's conventions for vhost-user back ends have it:
+  --socket-path=<path>   serve the one root of the graph here, writable
+  --fd=<number>          the same on an inherited socket, listening or connected
+  --blk-file=<path>      define the node to serve: this file or block device
+  --format=<driver>      its format (raw); never probed
+  --read-only            guests may not write
+  --node-name=<name>     serve this node instead
+  --print-capabilities   print what a management layer asks for
+
+More:
+  --socket-mode=<octal>  permissions of the sockets, e.g. 0660 (as the umask has it)
+  --log-level=<level>    error, warn, info, debug, trace, or as RUST_LOG (warn)
+  --print-graph[=text|json|dot]
+                         open the block nodes, print them, and end
+  --strict-formats       never guess the format of a backing file
+
+SIGTERM, SIGINT and SIGHUP end the program: requests in flight are finished,
+everything is flushed, sockets and pidfile are removed, and the exit code is 0.
+"#;

@@ -1,0 +1,191 @@
+//! The second pass over the command line: nodes, objects and exports, in order; and their end.
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::exports::{Exports, Wanted};
+use super::getopt::{Item, Opt};
+use super::listen;
+use super::objects::{Objects, Outcome};
+use super::plan::Settings;
+use crate::block::{Graph, Node, print};
+use crate::err;
+use crate::error::Result;
+use crate::qapi::Input;
+use crate::vhost_user::Endpoint;
+
+/// The name of the node that `--blk-file` defines.
+const BLK_FILE_NODE: &str = "blk-file";
+
+/// Everything that the command line made.
+pub struct Session {
+    graph: Arc<Graph>,
+    objects: Objects,
+    exports: Exports,
+}
+
+/// What comes after the command line.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Serving.
+    Serve,
+    /// Printing this, and the end.
+    Print(String),
+}
+
+impl Session {
+    /// With no nodes, objects and exports.
+    pub fn new() -> Self {
+        Session { graph: Graph::new(), objects: Objects::default(), exports: Exports::default() }
+    }
+
+    /// Processes all options. What was made before an error stays until [`Session::close`].
+    ///
+    /// # Errors
+    /// The first, with the option's text in front.
+    pub fn process(&mut self, settings: &Settings) -> Result<Next> {
+        for item in &settings.items {
+            let next = self.option(item, settings);
+            if let Next::Print(text) = next.map_err(|e| e.prepend(format!("{}: ", item.text)))? {
+                return Ok(Next::Print(text));
+            }
+        }
+        if let Some(item) = &settings.blk_file {
+            self.blk_file(item.argument(), settings)
+                .map_err(|e| e.prepend(format!("{}: ", item.text)))?;
+        }
+        if let Some(format) = settings.print_graph {
+            return Ok(Next::Print(print::print(&self.graph, format)));
+        }
+        if let Some(item) = settings.socket_path.as_ref().or(settings.fd.as_ref()) {
+            self.convention(item, settings).map_err(|e| e.prepend(format!("{}: ", item.text)))?;
+        }
+        Ok(Next::Serve)
+    }
+
+    fn option(&mut self, item: &Item, settings: &Settings) -> Result<Next> {
+        let text = item.argument();
+        match item.opt {
+            None => return Err(err!("Unexpected argument")),
+            Some(Opt::Blockdev) => self.blockdev(Input::parse(text, "driver")?)?,
+            Some(Opt::Export) => {
+                let wanted = Wanted::parse(text, settings.exports)?;
+                // A graph that is only looked at is not served.
+                if settings.print_graph.is_none() {
+                    self.exports.add(&self.graph, &self.objects, &wanted, settings.exports)?;
+                }
+            }
+            Some(Opt::Object) => {
+                if let Outcome::Help(help) = self.objects.add(text)? {
+                    return Ok(Next::Print(help));
+                }
+            }
+            Some(Opt::Trace) => log::info!("{} is ignored: see --log-level", item.text),
+            Some(Opt::Chardev) => return Err(unsupported("--chardev")),
+            Some(Opt::Monitor) => return Err(unsupported("--monitor")),
+            Some(Opt::NbdServer) => return Err(unsupported("--nbd-server")),
+            // The first pass has seen to the rest.
+            Some(_) => {}
+        }
+        Ok(Next::Serve)
+    }
+
+    fn blockdev(&mut self, input: Input) -> Result<()> {
+        let options = input.visit_blockdev()?;
+        if !options.contains_key("node-name") {
+            return Err(err!("'node-name' must be specified for the root node"));
+        }
+        self.graph.add(options).map(drop)
+    }
+
+    /// Defines the node of `--blk-file`: a format on a file, or on a block device.
+    fn blk_file(&mut self, path: &str, settings: &Settings) -> Result<()> {
+        let device = fs::metadata(path).is_ok_and(|there| there.file_type().is_block_device());
+        let definition = json!({
+            "driver": settings.format.as_deref().unwrap_or("raw"),
+            "node-name": BLK_FILE_NODE,
+            "read-only": settings.read_only,
+            "discard": "unmap",
+            "file": {
+                "driver": if device { "host_device" } else { "file" },
+                "filename": path,
+            },
+        });
+        let Value::Object(definition) = definition else { return Ok(()) };
+        self.blockdev(Input::from_json(definition))
+    }
+
+    /// Exports the node that `--socket-path` or `--fd` (`item`) is for.
+    fn convention(&mut self, item: &Item, settings: &Settings) -> Result<()> {
+        let node = self.node_to_export(settings)?;
+        let wanted = Wanted::convention(&node, settings.read_only);
+        let mode = settings.exports.socket_mode;
+        self.exports.add_at(&self.graph, &self.objects, &wanted, |_| match item.opt {
+            Some(Opt::Fd) => Ok((listen::inherited_endpoint(item.argument())?, None)),
+            _ => listen::at_path(item.argument(), mode)
+                .map(|(listener, place)| (Endpoint::Listener(listener), Some(place))),
+        })
+    }
+
+    /// The node of `--node-name` or `--blk-file`, or else the one root of the graph.
+    fn node_to_export(&self, settings: &Settings) -> Result<Arc<Node>> {
+        let name = match (&settings.node_name, &settings.blk_file) {
+            (Some(item), _) => Some(item.argument()),
+            (None, Some(_)) => Some(BLK_FILE_NODE),
+            (None, None) => None,
+        };
+        if let Some(name) = name {
+            let node = self.graph.find(name);
+            return node.ok_or_else(|| err!("Cannot find device='' nor node-name='{name}'"));
+        }
+        let roots = self.graph.roots();
+        match roots.as_slice() {
+            [root] => Ok(Arc::clone(root)),
+            [] => Err(err!("nothing to export: define a node with --blk-file or --blockdev")),
+            several => {
+                let names: Vec<_> = several.iter().map(|node| node.name()).collect();
+                Err(err!(
+                    "several nodes could be exported ({}): choose with --node-name",
+                    names.join(", ")
+                ))
+            }
+        }
+    }
+
+    /// Gives the sockets their names.
+    ///
+    /// # Errors
+    /// If one cannot be moved there.
+    pub fn publish(&mut self) -> Result<()> {
+        self.exports.publish()
+    }
+
+    /// Starts to serve.
+    ///
+    /// # Errors
+    /// If there are no threads or descriptors left.
+    pub fn serve(&mut self) -> Result<()> {
+        self.exports.serve()
+    }
+
+    /// Ends everything in order: connections, exports, nodes, and then the sockets' names.
+    pub fn close(mut self) {
+        self.exports.stop();
+        self.graph.close();
+        self.exports.remove_sockets();
+    }
+}
+
+impl Default for Session {
+    fn default() -> Self {
+        Session::new()
+    }
+}
+
+fn unsupported(option: &str) -> crate::error::Error {
+    err!("'{option}' is not supported by vhost-user-blk yet")
+}
