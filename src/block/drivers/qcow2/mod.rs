@@ -1,5 +1,6 @@
 //! `qcow2`: QEMU's image format.
 #![deny(unsafe_code)]
 
+pub mod check;
 pub mod header;
 pub mod layout;
