@@ -465,25 +465,25 @@ fn as_text(report: &Report) -> String {
 
 /// The fields in the order in which QEMU's hash table has them. Those that are 0 are left out, but for one.
 fn as_json(name: &str, report: &Report) -> String {
-    let numbers = [
-        ("image-end-offset", report.image_end_offset),
-        ("total-clusters", report.total_clusters),
-        ("check-errors", report.check_errors),
-        ("corruptions", report.corruptions),
-        ("leaks", report.leaks),
-        ("corruptions-fixed", report.corruptions_fixed),
-        ("leaks-fixed", report.leaks_fixed),
-        ("allocated-clusters", report.allocated_clusters),
-        ("fragmented-clusters", report.fragmented_clusters),
-        ("compressed-clusters", report.compressed_clusters),
+    let fields: [(&str, Value); 12] = [
+        ("image-end-offset", report.image_end_offset.into()),
+        ("compressed-clusters", report.compressed_clusters.into()),
+        ("total-clusters", report.total_clusters.into()),
+        ("corruptions", report.corruptions.into()),
+        ("corruptions-fixed", report.corruptions_fixed.into()),
+        ("check-errors", report.check_errors.into()),
+        ("leaks", report.leaks.into()),
+        ("leaks-fixed", report.leaks_fixed.into()),
+        ("allocated-clusters", report.allocated_clusters.into()),
+        ("filename", name.into()),
+        ("format", "qcow2".into()),
+        ("fragmented-clusters", report.fragmented_clusters.into()),
     ];
-    let mut lines: Vec<String> = numbers
+    let lines: Vec<String> = fields
         .iter()
-        .filter(|(key, n)| *n != 0 || *key == "check-errors")
-        .map(|(key, n)| format!("    \"{key}\": {n}"))
+        .filter(|(key, value)| *value != Value::from(0u64) || *key == "check-errors")
+        .map(|(key, value)| format!("    \"{key}\": {value}"))
         .collect();
-    lines.push(format!("    \"filename\": {}", Value::from(name)));
-    lines.push("    \"format\": \"qcow2\"".to_owned());
     format!("{{\n{}\n}}\n", lines.join(",\n"))
 }
 

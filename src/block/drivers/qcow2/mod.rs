@@ -2,5 +2,6 @@
 #![deny(unsafe_code)]
 
 pub mod check;
+pub mod create;
 pub mod header;
 pub mod layout;

@@ -110,6 +110,8 @@ impl Check<'_> {
             return;
         }
         for cluster in offset >> self.g.cluster_bits..=(offset + len - 1) >> self.g.cluster_bits {
+            // The last one may be past the end of the file.
+            self.clusters = self.clusters.max(cluster + 1);
             if !self.refs.add(cluster, times) {
                 self.overflow(cluster);
             }
