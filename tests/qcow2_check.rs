@@ -17,6 +17,9 @@ use vhost_user_blk::block::drivers::qcow2::header::Compression;
 use vhost_user_blk::block::perm::{Perm, Perms};
 use vhost_user_blk::rt;
 
+#[path = "qcow2_check/power.rs"]
+mod power;
+
 const OURS: &str = env!("CARGO_BIN_EXE_vhost-user-blk");
 
 /// What a program said: exit code, output, errors; with the program's name made neutral.
@@ -154,17 +157,17 @@ const MUTATIONS: &[Mutation] = &[
     ("subclusters", |i| i.set(i.l2() + 8, i.get(i.l2() + 8) | 1 << 32 | 1)),
     ("dirty", |i| {
         if i.version() > 2 {
-            i.set(72, i.get(72) | 1)
+            i.set(72, i.get(72) | 1);
         }
     }),
     ("corrupt", |i| {
         if i.version() > 2 {
-            i.set(72, i.get(72) | 2)
+            i.set(72, i.get(72) | 2);
         }
     }),
     ("snapshot unaligned", |i| {
         if i.get(64) > 0 {
-            i.set(i.get(64), i.get(i.get(64)) + 8)
+            i.set(i.get(64), i.get(i.get(64)) + 8);
         }
     }),
     ("snapshots unaligned", |i| i.set(64, i.get(64) + 8)),
@@ -183,6 +186,11 @@ fn same_check(dir: &Path, bytes: &[u8], what: &str) {
     fs::write(dir.join("x"), bytes).unwrap();
     let theirs = run("qemu-img", &["check", "x"], dir);
     let ours = run(OURS, &["check", "x"], dir);
+    if what.starts_with("bitmap") && theirs.2.contains("Could not open") {
+        // QEMU loads the bitmaps before it checks them.
+        assert_eq!(ours.0, theirs.0, "{what}");
+        return;
+    }
     assert_eq!(ours, theirs, "{what}");
     let (theirs, ours) = (
         run("qemu-img", &["check", "--output=json", "x"], dir),
@@ -228,7 +236,8 @@ fn broken_images_give_the_same_findings_and_repairs() {
                         let mut image = Image(bytes.clone());
                         mutate(&mut image);
                         same_check(dir, &image.0, &what);
-                        if *mutation != "refblock unaligned" || image.cluster() > 512 {
+                        // QEMU forgets the snapshot table when it rewrites the header of an image with bitmaps.
+                        if (*name, *mutation) != ("bitmap", "snapshots unaligned") {
                             same_repair(dir, &image.0, "all", &what, mutation);
                         }
                     }
@@ -353,6 +362,9 @@ fn qemu_options(o: &CreateOptions) -> String {
             on(o.lazy_refcounts),
             if o.compression == Compression::Zstd { "zstd" } else { "zlib" }
         );
+    }
+    if o.version == 2 && o.lazy_refcounts {
+        text += ",lazy_refcounts=on";
     }
     if let Some(name) = &o.data_file {
         text += &format!(",data_file={name},data_file_raw={}", on(o.data_file_raw));
@@ -487,4 +499,18 @@ fn words_of_the_command_line() {
     ] {
         assert_eq!(run(OURS, args, dir), run("qemu-img", args, dir), "{args:?}");
     }
+}
+
+/// QEMU clears them by writing a header without snapshots, and then frees what they held.
+#[test]
+fn unknown_autoclear_bits_do_not_cost_the_snapshots() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path();
+    let (name, create) = BASES.iter().find(|(name, _)| *name == "snapshots").unwrap();
+    let mut image = Image(base(dir, name, create));
+    image.set(88, 0x80);
+    fs::write(dir.join("x"), &image.0).unwrap();
+    assert_eq!(run(OURS, &["check", "-q", "-r", "all", "x"], dir).0, 0);
+    image.set(88, 0);
+    assert!(fs::read(dir.join("x")).unwrap() == image.0);
 }

@@ -4,17 +4,21 @@
 //! repair. Backing and data files are not needed, so they need not be there.
 #![forbid(unsafe_code)]
 
-use std::io::{IsTerminal, Write};
+mod screen;
+mod words;
+
+use std::io::Write;
 use std::os::unix::fs::FileTypeExt;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
+use screen::{Screen, as_json, as_text};
 use serde_json::{Value, json};
+use words::{Job, hinted, job, parse};
 
 use super::help::PROGRAM;
 use crate::block::drivers;
-use crate::block::drivers::qcow2::check::{self, Fix, Report, Watch};
+use crate::block::drivers::qcow2::check::{self, Fix, Report};
 use crate::block::drivers::qcow2::header::MAGIC;
 use crate::block::perm::{ChildPermQuery, Perms, default_child_perms};
 use crate::block::{Graph, Node, Op, Role};
@@ -50,172 +54,6 @@ const FAILED: u8 = 1;
 const CORRUPT: u8 = 2;
 const LEAKS: u8 = 3;
 const NOT_SUPPORTED: u8 = 63;
-
-/// What the user asked for.
-#[derive(Default)]
-struct Wish {
-    format: Option<String>,
-    repair: Option<String>,
-    output: Option<String>,
-    cache: Option<String>,
-    quiet: bool,
-    share: bool,
-    image_opts: bool,
-    help: bool,
-    names: Vec<String>,
-}
-
-/// Where an option's argument, or the fact that it was given, is noted.
-enum Place<'a> {
-    Flag(&'a mut bool),
-    Argument(&'a mut Option<String>),
-}
-
-impl Wish {
-    fn place(&mut self, name: &str) -> Option<Place<'_>> {
-        Some(match name {
-            "help" => Place::Flag(&mut self.help),
-            "quiet" => Place::Flag(&mut self.quiet),
-            "force-share" => Place::Flag(&mut self.share),
-            "image-opts" => Place::Flag(&mut self.image_opts),
-            "format" => Place::Argument(&mut self.format),
-            "repair" => Place::Argument(&mut self.repair),
-            "output" => Place::Argument(&mut self.output),
-            "cache" => Place::Argument(&mut self.cache),
-            _ => return None,
-        })
-    }
-}
-
-/// Names of the options, and their letters.
-const OPTIONS: [(&str, char); 8] = [
-    ("help", 'h'),
-    ("quiet", 'q'),
-    ("force-share", 'U'),
-    ("image-opts", '\0'),
-    ("format", 'f'),
-    ("repair", 'r'),
-    ("output", '\0'),
-    ("cache", 'T'),
-];
-
-fn parse(args: &[String]) -> Result<Wish> {
-    let mut wish = Wish::default();
-    let mut args = args.iter();
-    while let Some(arg) = args.next() {
-        if arg == "--" {
-            wish.names.extend(args.by_ref().cloned());
-        } else if let Some(long) = arg.strip_prefix("--") {
-            parse_long(&mut wish, long, &mut args)?;
-        } else if arg.len() > 1 && arg.starts_with('-') {
-            parse_short(&mut wish, &arg[1..], &mut args)?;
-        } else {
-            wish.names.push(arg.clone());
-        }
-    }
-    Ok(wish)
-}
-
-fn parse_long(wish: &mut Wish, long: &str, args: &mut std::slice::Iter<'_, String>) -> Result<()> {
-    let (name, attached) = match long.split_once('=') {
-        Some((name, value)) => (name, Some(value)),
-        None => (long, None),
-    };
-    let fits = |(full, _): &&(&str, char)| full.starts_with(name);
-    let mut found = OPTIONS.iter().filter(fits);
-    let full = match (found.next(), found.next()) {
-        (Some((full, _)), None) => *full,
-        _ => OPTIONS
-            .iter()
-            .find(|(full, _)| *full == name)
-            .map(|(full, _)| *full)
-            .ok_or_else(|| err!("unrecognized option '--{long}'"))?,
-    };
-    match (wish.place(full), attached) {
-        (Some(Place::Flag(_)), Some(_)) => {
-            return Err(err!("option '--{full}' doesn't allow an argument"));
-        }
-        (Some(Place::Flag(flag)), None) => *flag = true,
-        (Some(Place::Argument(to)), value) => {
-            let value = value.map(str::to_owned).or_else(|| args.next().cloned());
-            *to = Some(value.ok_or_else(|| err!("option '--{full}' requires an argument"))?);
-        }
-        (None, _) => {}
-    }
-    Ok(())
-}
-
-fn parse_short(
-    wish: &mut Wish,
-    letters: &str,
-    args: &mut std::slice::Iter<'_, String>,
-) -> Result<()> {
-    let mut rest = letters.chars();
-    while let Some(letter) = rest.next() {
-        let name = OPTIONS.iter().find(|(_, l)| *l == letter && letter != '\0');
-        match name.and_then(|(name, _)| wish.place(name)) {
-            None => return Err(err!("invalid option -- '{letter}'")),
-            Some(Place::Flag(flag)) => *flag = true,
-            Some(Place::Argument(to)) => {
-                let attached = rest.as_str();
-                let value = match attached {
-                    "" => args.next().cloned(),
-                    attached => Some(attached.to_owned()),
-                };
-                let missing = || err!("option requires an argument -- '{letter}'");
-                *to = Some(value.ok_or_else(missing)?);
-                return Ok(());
-            }
-        }
-    }
-    Ok(())
-}
-
-/// What the words of the command line come to.
-struct Job {
-    name: String,
-    fix: Fix,
-    json: bool,
-    quiet: bool,
-    share: bool,
-    direct: bool,
-    image_opts: bool,
-    format: Option<String>,
-}
-
-fn job(wish: Wish) -> Result<Job> {
-    let fix = match wish.repair.as_deref() {
-        None => Fix::Nothing,
-        Some("leaks") => Fix::Leaks,
-        Some("all") => Fix::All,
-        Some(word) => {
-            return Err(hinted(err!("--repair (-r) expects 'leaks' or 'all' not '{word}'")));
-        }
-    };
-    let json = match wish.output.as_deref() {
-        None | Some("human") => false,
-        Some("json") => true,
-        Some(word) => {
-            return Err(hinted(err!("--output expects 'human' or 'json' not '{word}'")));
-        }
-    };
-    let direct = match wish.cache.as_deref() {
-        None | Some("writeback" | "writethrough" | "unsafe") => false,
-        Some("none" | "off" | "directsync") => true,
-        Some(word) => return Err(err!("Invalid source cache option: {word}")),
-    };
-    let [name] = <[String; 1]>::try_from(wish.names)
-        .map_err(|_| hinted(err!("Expecting one image file name")))?;
-    if wish.image_opts && wish.format.is_some() {
-        return Err(err!("--image-opts and --format are mutually exclusive"));
-    }
-    let (quiet, share, image_opts) = (wish.quiet, wish.share, wish.image_opts);
-    Ok(Job { name, fix, json, quiet, share, direct, image_opts, format: wish.format })
-}
-
-fn hinted(e: Error) -> Error {
-    e.with_hint(format!("Try '{PROGRAM} {COMMAND} --help' for more info"))
-}
 
 /// Runs the command with the words after its name.
 pub fn main(args: &[String]) -> ExitCode {
@@ -424,112 +262,4 @@ fn check_qcow2(job: &Job, node: &Arc<Node>) -> Result<u8> {
         Report { leaks: 1.., .. } => LEAKS,
         _ => 0,
     })
-}
-
-fn as_text(report: &Report) -> String {
-    let mut text = String::new();
-    if report.is_clean() {
-        text += "No errors were found on the image.\n";
-    }
-    let findings = [
-        (
-            report.corruptions,
-            "errors were found on the image.\nData may be corrupted, or further writes to the image \
-             may corrupt it.",
-        ),
-        (
-            report.leaks,
-            "leaked clusters were found on the image.\nThis means waste of disk space, but no harm \
-             to data.",
-        ),
-        (report.check_errors, "internal errors have occurred during the check."),
-    ];
-    for (count, what) in findings.iter().filter(|(count, _)| *count > 0) {
-        text += &format!("\n{count} {what}\n");
-    }
-    if report.total_clusters != 0 && report.allocated_clusters != 0 {
-        let percent = |part: u64, of: u64| part as f64 * 100.0 / of as f64;
-        let (allocated, total) = (report.allocated_clusters, report.total_clusters);
-        text += &format!(
-            "{allocated}/{total} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters\n",
-            percent(allocated, total),
-            percent(report.fragmented_clusters, allocated),
-            percent(report.compressed_clusters, allocated)
-        );
-    }
-    if report.image_end_offset > 0 {
-        text += &format!("Image end offset: {}\n", report.image_end_offset);
-    }
-    text
-}
-
-/// The fields in the order in which QEMU's hash table has them. Those that are 0 are left out, but for one.
-fn as_json(name: &str, report: &Report) -> String {
-    let fields: [(&str, Value); 12] = [
-        ("image-end-offset", report.image_end_offset.into()),
-        ("compressed-clusters", report.compressed_clusters.into()),
-        ("total-clusters", report.total_clusters.into()),
-        ("corruptions", report.corruptions.into()),
-        ("corruptions-fixed", report.corruptions_fixed.into()),
-        ("check-errors", report.check_errors.into()),
-        ("leaks", report.leaks.into()),
-        ("leaks-fixed", report.leaks_fixed.into()),
-        ("allocated-clusters", report.allocated_clusters.into()),
-        ("filename", name.into()),
-        ("format", "qcow2".into()),
-        ("fragmented-clusters", report.fragmented_clusters.into()),
-    ];
-    let lines: Vec<String> = fields
-        .iter()
-        .filter(|(key, value)| *value != Value::from(0u64) || *key == "check-errors")
-        .map(|(key, value)| format!("    \"{key}\": {value}"))
-        .collect();
-    format!("{{\n{}\n}}\n", lines.join(",\n"))
-}
-
-/// The standard error: findings, and on a terminal how far the check is.
-struct Screen {
-    bar: bool,
-    shown: bool,
-    next: Instant,
-}
-
-/// How often the bar moves.
-const BAR_INTERVAL: Duration = Duration::from_millis(100);
-const BAR_WIDTH: u64 = 40;
-
-impl Screen {
-    fn new(quiet: bool) -> Screen {
-        let bar = !quiet && std::io::stderr().is_terminal();
-        Screen { bar, shown: false, next: Instant::now() + BAR_INTERVAL }
-    }
-
-    fn clear(&mut self) {
-        if std::mem::take(&mut self.shown) {
-            eprint!("\r\x1b[K");
-        }
-    }
-}
-
-impl Watch for Screen {
-    fn line(&mut self, text: &str) {
-        self.clear();
-        eprintln!("{text}");
-    }
-
-    fn error(&mut self, text: &str) {
-        self.line(&format!("{PROGRAM}: {text}"));
-    }
-
-    fn progress(&mut self, done: u64, total: u64) {
-        if !self.bar || Instant::now() < self.next {
-            return;
-        }
-        self.next = Instant::now() + BAR_INTERVAL;
-        let full = (BAR_WIDTH * done / total.max(1)).min(BAR_WIDTH);
-        let bar: String = (0..BAR_WIDTH).map(|i| if i < full { '#' } else { '.' }).collect();
-        let percent = done as f64 * 100.0 / total.max(1) as f64;
-        eprint!("\r[{bar}] {percent:6.2}%");
-        self.shown = true;
-    }
 }

@@ -51,7 +51,7 @@ impl Check<'_> {
         let size = self.g.cluster_size();
         let bad = |entry: &u64| {
             let offset = entry & OFFSET;
-            entry & RESERVED != 0 || offset != 0 && (entry & 1 != 0 || offset % size != 0)
+            entry & RESERVED != 0 || offset != 0 && (entry & 1 != 0 || !offset.is_multiple_of(size))
         };
         if entries.iter().any(bad) {
             self.report.corruptions += 1;
@@ -89,12 +89,12 @@ impl Check<'_> {
         let well_formed = entries != 0
             && entries <= TABLE_MAX
             && offset != 0
-            && offset % self.g.cluster_size() == 0
+            && offset.is_multiple_of(self.g.cluster_size())
             && (9..=31).contains(&granularity)
             && flags & !3 == 0
             && kind == 1
             && bytes <= BITMAP_MAX;
-        let covered = u128::from(bytes) * 8 << granularity;
+        let covered = (u128::from(bytes) * 8) << granularity;
         let fits = flags & IN_USE != 0 || u128::from(self.header.size) <= covered;
         (well_formed && fits).then_some(Table { offset, entries })
     }

@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn free_clusters_are_found_in_gaps_and_at_the_end() {
         let mut counts = Counts::new(9);
-        [0, 1, 3, 6].map(|c| counts.set(c, 1));
+        [0, 1, 3, 6].into_iter().for_each(|c| counts.set(c, 1));
         assert_eq!(counts.find_free(0, 1), 2);
         assert_eq!(counts.find_free(0, 2), 4);
         assert_eq!(counts.find_free(0, 3), 7);

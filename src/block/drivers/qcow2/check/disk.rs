@@ -33,7 +33,7 @@ impl<'a> Disk<'a> {
     /// `len` bytes at `offset`.
     pub(in super::super) async fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
         let end = offset.checked_add(len as u64);
-        if !end.is_some_and(|end| i64::try_from(end).is_ok()) {
+        if end.is_none_or(|end| i64::try_from(end).is_err()) {
             return Err(Errno::EIO);
         }
         let mut out = vec![0; len];

@@ -111,13 +111,13 @@ impl Check<'_> {
                 cluster += 1;
                 continue;
             }
-            if !plan.blocks.contains_key(&index) {
+            plan.blocks.entry(index).or_insert_with(|| {
                 // Where it can describe itself, if there is room: then no other block becomes necessary.
                 free = self.refs.find_free(free.max(index << bits), 1);
                 self.refs.set(free, 1);
-                plan.blocks.insert(index, free);
                 end = end.max(free + 1);
-            }
+                free
+            });
             cluster = (index + 1) << bits;
         }
     }

@@ -60,7 +60,7 @@ impl<'a> Refcounts<'a> {
         let offset = entry.copied().unwrap_or(0) & REFTABLE_OFFSET_MASK;
         match offset {
             0 => Ok(None),
-            _ if offset % self.g.cluster_size() != 0 => Err(Unaligned { offset, index }),
+            _ if !offset.is_multiple_of(self.g.cluster_size()) => Err(Unaligned { offset, index }),
             _ => Ok(Some(offset)),
         }
     }

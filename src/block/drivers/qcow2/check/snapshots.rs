@@ -221,7 +221,7 @@ impl Check<'_> {
             let snapshot = &self.snapshots.list[i];
             let (offset, entries) = (snapshot.l1_offset, snapshot.l1_size);
             let bytes = 8 * u64::from(entries);
-            let wrong = if offset % self.g.cluster_size() != 0 {
+            let wrong = if !offset.is_multiple_of(self.g.cluster_size()) {
                 Some(format!("l1_offset={}: L1 table is not cluster aligned", Hex(offset)))
             } else if bytes > MAX_L1_SIZE {
                 Some(format!("l1_size={}: L1 table is too large", Hex(u64::from(entries))))

@@ -144,7 +144,7 @@ impl Check<'_> {
             }
             let table = entry & OFFSET_MASK;
             self.reference(table, self.g.cluster_size());
-            if table % self.g.cluster_size() != 0 {
+            if !table.is_multiple_of(self.g.cluster_size()) {
                 self.watch.line(&format!(
                     "ERROR l2_offset={table:x}: Table is not cluster aligned; L1 entry corrupted"
                 ));
@@ -278,7 +278,7 @@ impl Check<'_> {
                  bitmap"
             ));
         }
-        if offset % self.g.cluster_size() != 0 {
+        if !offset.is_multiple_of(self.g.cluster_size()) {
             self.report.corruptions += 1;
             let data = match self.g.extended_l2 {
                 true => bitmap & u64::from(u32::MAX) != 0,
@@ -382,7 +382,7 @@ impl Check<'_> {
             let outside = offset >> self.g.cluster_bits >= self.clusters;
             let wrong = if entry & !REFTABLE_OFFSET_MASK != 0 {
                 Some(format!("ERROR refcount table entry {index} has reserved bits set"))
-            } else if offset % self.g.cluster_size() != 0 {
+            } else if !offset.is_multiple_of(self.g.cluster_size()) {
                 Some(format!(
                     "ERROR refcount block {index} is not cluster aligned; refcount table entry \
                      corrupted"
