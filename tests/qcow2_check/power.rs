@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
-use vhost_user_blk::block::drivers::qcow2::check::{self, Fix};
+use vhost_user_blk::block::drivers::qcow2::check::{self, Fix, Report};
 use vhost_user_blk::block::perm::{Perm, Perms, default_child_perms};
 use vhost_user_blk::block::{
     Driver, DriverDef, DriverKind, Graph, IoFuture, Limits, Node, Op, OpenArgs,
@@ -117,11 +117,20 @@ fn on_disk<T>(state: &Arc<Mutex<State>>, f: impl AsyncFnOnce(&Node) -> T) -> T {
     value
 }
 
-fn run(state: &Arc<Mutex<State>>, fix: Fix) -> i32 {
+fn report(state: &Arc<Mutex<State>>, fix: Fix) -> Option<Report> {
     on_disk(state, async |node| {
-        let Ok(header) = check::read_header(node).await else { return 1 };
-        class(check::check(node, &header, fix, &mut Quiet).await.ok().as_ref())
+        let header = check::read_header(node).await.ok()?;
+        check::check(node, &header, fix, &mut Quiet).await.ok()
     })
+}
+
+fn run(state: &Arc<Mutex<State>>, fix: Fix) -> i32 {
+    class(report(state, fix).as_ref())
+}
+
+/// How bad it is, leaks aside. What cannot be looked at at all counts as one.
+fn harm(state: &Arc<Mutex<State>>) -> u64 {
+    report(state, Fix::Nothing).map_or(u64::MAX, |r| r.corruptions + r.check_errors.min(1))
 }
 
 /// What the guest sees of standard clusters.
@@ -158,6 +167,7 @@ fn a_power_cut_in_a_repair_can_be_repaired() {
             let mut image = Image(bytes.clone());
             mutate(&mut image);
             let state = Arc::new(Mutex::new(State { bytes: image.0.clone(), log: Vec::new() }));
+            let before = harm(&state);
             if run(&state, Fix::All) == 1 {
                 continue;
             }
@@ -178,6 +188,7 @@ fn a_power_cut_in_a_repair_can_be_repaired() {
                     }
                     let what = format!("{name}, {mutation}, cut at {cut} of {}", log.len());
                     let after = Arc::new(Mutex::new(State { bytes, log: Vec::new() }));
+                    assert!(harm(&after) <= before, "{what}: worse than before");
                     assert_eq!(run(&after, Fix::All), 0, "{what}");
                     assert_eq!(run(&after, Fix::Nothing), 0, "{what}");
                     let now = Image(std::mem::take(&mut after.lock().unwrap().bytes));
