@@ -1,6 +1,10 @@
 //! What a driver is: its entry in the table, its options, how it opens, and what it does with requests.
 #![forbid(unsafe_code)]
 
+use std::future::Future;
+use std::path::Path;
+use std::pin::Pin;
+
 use serde_json::Value;
 
 use super::graph::{Graph, NodeId};
@@ -8,7 +12,8 @@ use super::node::{Edge, InForce, Role};
 use super::perm::{ChildPermFn, Perms};
 use super::{Dir, IoFuture, Limits, Map, Op};
 use crate::err;
-use crate::error::Result;
+use crate::error::{Errno, Result};
+use crate::mem::Sg;
 use crate::qapi::{OptionSpec, Options};
 
 /// How QEMU names a driver in its errors, and what its children default to.
@@ -32,8 +37,21 @@ pub struct DriverDef {
     pub options: &'static [OptionSpec],
     /// Opens a node of this driver. A failure needs no cleaning up: what was opened goes when it is dropped.
     pub open: fn(&mut OpenArgs<'_>) -> Result<Box<dyn Driver>>,
+    /// What the driver recognises where the user names a file without saying which driver it is for.
+    pub recognises: Recognises,
     /// What a node of this driver asks of its children; usually [`super::perm::default_child_perms`].
     pub child_perms: ChildPermFn,
+}
+
+/// What a driver recognises. The first driver of the table that does is taken.
+#[derive(Clone, Copy)]
+pub enum Recognises {
+    /// Nothing: it must be named.
+    Nothing,
+    /// A file name, for drivers that open files.
+    Path(fn(&Path) -> bool),
+    /// A format by the first [`super::implicit::PROBE_LEN`] bytes of an image.
+    Content(fn(&[u8]) -> bool),
 }
 
 /// What a driver gets to open itself: its options (it takes out what it understands; what is left is an error), the
@@ -53,6 +71,10 @@ pub struct OpenArgs<'a> {
     pub(super) def: &'static DriverDef,
     /// The node's place in the graph, reserved before it is open.
     pub(super) id: NodeId,
+    /// The files of the overlays above, against a backing chain that comes back to itself.
+    pub(super) lineage: Option<&'a Lineage<'a>>,
+    /// The file of this node, if it said so.
+    pub(super) file_id: Option<FileId>,
     /// The options that inline children inherit: those in force before the driver had its say.
     pub(super) inherit: InForce,
 }
@@ -77,6 +99,38 @@ impl OpenArgs<'_> {
             None | Some(Value::Null) => Ok(None),
             Some(reference) => self.graph.open_child(self, name, role, reference).map(Some),
         }
+    }
+
+    /// Opens a child that the user did not define but the image did, from options as the user would have written them,
+    /// and attaches it as [`OpenArgs::open_child`] does.
+    ///
+    /// # Errors
+    /// Whatever opening the child or getting the permissions fails with.
+    pub fn open_implicit_child(
+        &mut self,
+        name: &'static str,
+        role: Role,
+        options: Options,
+    ) -> Result<Edge> {
+        self.graph.open_child(self, name, role, Value::Object(options))
+    }
+
+    /// Says that the image being opened is in the file behind `child`; to be called before backing children are opened.
+    ///
+    /// # Errors
+    /// One of the overlays above is in the same file: the chain loops.
+    pub fn enter_file(&mut self, child: &Edge) -> Result<()> {
+        let Some(id) = child.node.file_id() else { return Ok(()) };
+        let mut above = self.lineage;
+        while let Some(Lineage { file, above: next }) = above {
+            if *file == id {
+                let name = child.node.base_filename().unwrap_or_default();
+                return Err(err!("The backing chain of '{name}' contains itself"));
+            }
+            above = *next;
+        }
+        self.file_id = Some(id);
+        Ok(())
     }
 
     /// Takes out a text option.
@@ -134,6 +188,36 @@ pub(super) fn wrong_type(name: &str, expected: &str) -> crate::error::Error {
     err!("Invalid parameter type for '{name}', expected: {expected}")
 }
 
+/// A file of the host, whatever its names: device and inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileId {
+    /// `st_dev`.
+    pub device: u64,
+    /// `st_ino`.
+    pub inode: u64,
+}
+
+/// The files of the overlays above a node that is being opened, the nearest first.
+pub(super) struct Lineage<'a> {
+    pub(super) file: FileId,
+    pub(super) above: Option<&'a Lineage<'a>>,
+}
+
+/// Where a range lives, and how many bytes of it.
+pub type ResolveFuture<'a> =
+    Pin<Box<dyn Future<Output = std::result::Result<(Map<'a>, u64), Errno>> + 'a>>;
+
+/// The slow lane's reads of a driver that composes its bytes from those of other nodes. `io` walks through such drivers
+/// one after the other without recursion, so that a chain of hundreds needs no deep stack; see [`super::walk`].
+pub trait Resolver: Send + Sync {
+    /// Where `[offset, offset + n)` lives, and n: at least 1, at most `len`. Unlike [`Driver::map`] it may wait. A child's
+    /// range may hang over the child's end: zeroes there. [`Map::Slow`]: `fetch` reads that part.
+    fn resolve(&self, offset: u64, len: u64) -> ResolveFuture<'_>;
+
+    /// Reads a range for which `resolve` answered [`Map::Slow`].
+    fn fetch<'a>(&'a self, offset: u64, to: Sg<'a>) -> IoFuture<'a>;
+}
+
 /// The driver of one open node. Called from several threads at once.
 #[expect(clippy::len_without_is_empty, reason = "a length, not a container")]
 pub trait Driver: Send + Sync {
@@ -159,6 +243,21 @@ pub trait Driver: Send + Sync {
     /// Slow lane: any operation. `ENOTSUP` for a discard means "ignored", for write-zeroes "write zero bytes": the
     /// generic layer does so.
     fn submit<'a>(&'a self, op: Op<'a>) -> IoFuture<'a>;
+
+    /// How reads are composed from other nodes, for drivers that answer `submit` of a read with [`super::walk::read`].
+    fn resolver(&self) -> Option<&dyn Resolver> {
+        None
+    }
+
+    /// The name of the host file whose bytes the node shows as they are, if there is one.
+    fn filename(&self) -> Option<String> {
+        None
+    }
+
+    /// The identity of that file.
+    fn file_id(&self) -> Option<FileId> {
+        None
+    }
 
     /// Prepares for a new set of permissions of the node's users: takes image locks, opens a file for writing. On an
     /// error nothing has changed. Permissions that only loosen do not fail.

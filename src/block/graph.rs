@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::driver::DriverDef;
@@ -14,12 +15,17 @@ use super::node::{Node, Role};
 use super::perm::{Perm, Perms};
 use super::{drivers, open};
 use crate::err;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::qapi::Options;
 
-/// The most nodes on a way from a root to a leaf. Backing chains of some 200 images exist; recursion (opening,
-/// closing, permissions) stays far below a thread's stack at this depth.
-pub const MAX_DEPTH: usize = 256;
+/// The most nodes on a way from a root to a leaf. Backing chains of some 200 images exist. Requests walk down without
+/// recursion; closing and permissions recurse, with frames that stay far below a thread's stack at this depth; opening
+/// has a stack of its own (`OPEN_STACK`).
+pub const MAX_DEPTH: usize = 512;
+
+/// The stack in bytes of the thread that opens a chain of nodes: drivers' own functions are on it once for each level.
+/// Only what is used is ever allocated.
+const OPEN_STACK: usize = 64 << 20;
 
 /// The longest node-name in bytes (QEMU's `char node_name[32]`).
 const MAX_NAME: usize = 31;
@@ -32,6 +38,7 @@ pub struct NodeId(u64);
 pub struct Graph {
     me: Weak<Graph>,
     drivers: &'static [&'static DriverDef],
+    strict_formats: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -93,7 +100,23 @@ impl Graph {
 
     /// An empty graph that knows `drivers` only (tests bring their own).
     pub fn with_drivers(drivers: &'static [&'static DriverDef]) -> Arc<Graph> {
-        Arc::new_cyclic(|me| Graph { me: me.clone(), drivers, state: Mutex::default() })
+        Arc::new_cyclic(|me| Graph {
+            me: me.clone(),
+            drivers,
+            strict_formats: AtomicBool::new(false),
+            state: Mutex::default(),
+        })
+    }
+
+    /// Whether a backing file without a format in its overlay's header is an error, instead of having its format
+    /// guessed from its content (`--strict-formats`).
+    pub fn set_strict_formats(&self, strict: bool) {
+        self.strict_formats.store(strict, Ordering::Relaxed);
+    }
+
+    /// See [`Graph::set_strict_formats`].
+    pub fn strict_formats(&self) -> bool {
+        self.strict_formats.load(Ordering::Relaxed)
     }
 
     /// Defines a node and, inline, its children: what `--blockdev` does. The node lives until [`Graph::close`].
@@ -104,9 +127,22 @@ impl Graph {
         if !options.contains_key("node-name") {
             return Err(err!("'node-name' must be specified for the root node"));
         }
-        let node = open::open(self, options, None, 0)?;
+        let node = self.open_on_own_stack(options)?;
         self.lock().owned.push(node.clone());
         Ok(node)
+    }
+
+    /// Opens a node and what is below it on a thread of its own: with a stack for deep chains, and with freedom to wait
+    /// for I/O whatever the calling thread drives.
+    fn open_on_own_stack(&self, options: Options) -> Result<Arc<Node>> {
+        std::thread::scope(|scope| {
+            let opener = std::thread::Builder::new().name("blk-open".into()).stack_size(OPEN_STACK);
+            let open = || open::open(self, options, open::Above::NONE);
+            let opener = opener.spawn_scoped(scope, open);
+            let opener =
+                opener.map_err(|e| Error::from_errno("Could not start a thread", e.into()))?;
+            opener.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
     }
 
     /// The open node of this name.
@@ -151,6 +187,11 @@ impl Graph {
         while let Some(node) = owned.pop() {
             drop(node);
         }
+    }
+
+    /// All drivers, in the order in which they are asked what they recognise.
+    pub(super) fn drivers(&self) -> impl Iterator<Item = &'static DriverDef> {
+        self.drivers.iter().copied()
     }
 
     /// The driver called `name`.

@@ -24,6 +24,7 @@ static FORMAT: DriverDef = DriverDef {
             _ => Ok(Box::new(Format { edges })),
         }
     },
+    recognises: crate::block::Recognises::Nothing,
     child_perms: default_child_perms,
 };
 
@@ -176,14 +177,17 @@ fn depth_is_bounded() {
     let user = graph.attach_root(&graph.find(&last).unwrap(), EXPORT, Perms::device(true)).unwrap();
     assert_eq!(
         refused(&graph, json!({ "driver": "raw", "node-name": "more", "file": last })),
-        "The block graph is more than 256 nodes deep"
+        format!("The block graph is more than {MAX_DEPTH} nodes deep")
     );
     let mut inline = json!({ "driver": "null-co" });
     for _ in 0..MAX_DEPTH {
         inline = json!({ "driver": "raw", "file": inline });
     }
     inline["node-name"] = json!("top");
-    assert_eq!(refused(&graph, inline), "The block graph is more than 256 nodes deep");
+    assert_eq!(
+        refused(&graph, inline),
+        format!("The block graph is more than {MAX_DEPTH} nodes deep")
+    );
     graph.detach(user);
 }
 

@@ -23,17 +23,19 @@
 pub mod driver;
 pub mod drivers;
 pub mod graph;
+pub mod implicit;
 pub mod io;
 mod links;
 pub mod node;
 mod open;
 pub mod perm;
 pub mod print;
+pub mod walk;
 
 use std::future::Future;
 use std::pin::Pin;
 
-pub use driver::{Driver, DriverDef, DriverKind, OpenArgs};
+pub use driver::{Driver, DriverDef, DriverKind, OpenArgs, Recognises};
 pub use graph::{Graph, RootUser};
 pub use node::{Edge, InForce, Node, Role};
 

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::graph::{NodeId, Place};
 use super::io::IoState;
 use super::links::Link;
+use super::driver::FileId;
 use super::{Driver, DriverDef};
 
 /// The unit of a disk's length: drivers may have odd lengths, guests see whole sectors.
@@ -158,6 +159,29 @@ impl Node {
     /// What the generic layer keeps for requests.
     pub(super) fn io(&self) -> &IoState {
         &self.io
+    }
+
+    /// The nearest node whose driver has an answer to `ask`: this one, or along its storage.
+    fn along_storage<T>(&self, ask: impl Fn(&dyn Driver) -> Option<T>) -> Option<T> {
+        let mut node = self;
+        loop {
+            if let Some(answer) = ask(node.driver()) {
+                return Some(answer);
+            }
+            let mut edges = node.driver().edges().iter();
+            node = &edges.find(|edge| edge.name == "file")?.node;
+        }
+    }
+
+    /// The name of the host file that the node's bytes come from, directly or through its storage: what relative names
+    /// in an image are relative to.
+    pub fn base_filename(&self) -> Option<String> {
+        self.along_storage(|driver| driver.filename())
+    }
+
+    /// The identity of that file.
+    pub(super) fn file_id(&self) -> Option<FileId> {
+        self.along_storage(|driver| driver.file_id())
     }
 
     /// Its length in bytes, rounded up to whole sectors.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::driver::{DriverDef, DriverKind, OpenArgs, take_bool, take_str, wrong_type};
+use super::driver::{DriverDef, DriverKind, Lineage, OpenArgs, take_bool, take_str, wrong_type};
 use super::graph::{Graph, MAX_DEPTH, too_deep};
 use super::node::{DetectZeroes, Edge, InForce, Node, Role};
 use super::perm::{ChildPermQuery, Perms};
@@ -21,17 +21,32 @@ pub(super) struct Inherit {
     role: Role,
 }
 
-/// Opens a node. `inherit`: what it takes over from its parent, if it is an inline child; `depth`: how many inline
-/// parents it has.
+/// What is above a node that is being opened.
+#[derive(Clone, Copy)]
+pub(super) struct Above<'a> {
+    /// What it takes over from its parent, if it is an inline child.
+    inherit: Option<Inherit>,
+    /// How many inline parents it has.
+    depth: usize,
+    /// The files of the overlays above.
+    lineage: Option<&'a Lineage<'a>>,
+}
+
+impl Above<'_> {
+    /// A node that the user defines on its own.
+    pub(super) const NONE: Above<'static> = Above { inherit: None, depth: 0, lineage: None };
+}
+
+/// Opens a node.
 ///
 /// # Errors
 /// In QEMU's words; nothing is left behind.
 pub(super) fn open(
     graph: &Graph,
     mut options: Options,
-    inherit: Option<Inherit>,
-    depth: usize,
+    above: Above<'_>,
 ) -> Result<Arc<Node>> {
+    let Above { inherit, depth, lineage } = above;
     if depth >= MAX_DEPTH {
         return Err(too_deep());
     }
@@ -48,6 +63,8 @@ pub(super) fn open(
         depth,
         def,
         id: place.id(),
+        lineage,
+        file_id: None,
         inherit: in_force,
     };
     let driver = (def.open)(&mut args)?;
@@ -156,7 +173,14 @@ impl Graph {
                 .find(&name)
                 .ok_or_else(|| err!("Cannot find device='{name}' nor node-name='{name}'"))?,
             Value::Object(options) => {
-                open(self, options, Some(Inherit { from: args.inherit, role }), args.depth + 1)?
+                let overlay = args.file_id.filter(|_| role == Role::Backing);
+                let entered = overlay.map(|file| Lineage { file, above: args.lineage });
+                let above = Above {
+                    inherit: Some(Inherit { from: args.inherit, role }),
+                    depth: args.depth + 1,
+                    lineage: entered.as_ref().or(args.lineage),
+                };
+                open(self, options, above)?
             }
             _ => return Err(wrong_type(name, "BlockdevRef")),
         };

@@ -186,7 +186,7 @@ impl Queue {
                 // SAFETY: the root node keeps the file open, the slot keeps the array as long as it is busy, the ring
                 // keeps the guest's memory mapped; a queue is dropped or remapped only when nothing is in flight.
                 let rw = unsafe { Rw::new(file, write, data, at, stable) };
-                reactor.submit(file.engine, &rw, payload(self.index, head));
+                reactor.submit(file, &rw, payload(self.index, head));
                 slot.transfer = Some((write, offset, expected));
                 return true;
             }

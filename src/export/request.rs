@@ -259,3 +259,7 @@ impl Slow {
         self.root.submit(Op::WriteZeroes { offset, len, flags }).await
     }
 }
+
+#[cfg(test)]
+#[path = "request_tests.rs"]
+mod tests;

@@ -109,6 +109,9 @@ impl Worker {
             let room = IN_FLIGHT_MAX.saturating_sub(reactor.in_flight() + self.rt.executor.tasks());
             for _ in 0..q.available(room) {
                 progress = true;
+                if reactor.turn_is_full() {
+                    break;
+                }
                 match q.take_one(&mut reactor) {
                     Some(Started::Fast) => {}
                     Some(Started::Slow(head, slow)) => {
@@ -117,6 +120,10 @@ impl Worker {
                     None => break,
                 }
             }
+        }
+        if reactor.turn_is_full() {
+            // The next turn begins with another queue, so that none starves.
+            self.queues.rotate_left(1);
         }
         progress
     }

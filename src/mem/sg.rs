@@ -125,7 +125,8 @@ impl<'a> Sg<'a> {
         })
     }
 
-    /// The window as an array that the kernel can take, if it needs no copying.
+    /// The window as an array that the kernel can take, if it needs no copying. None of its ranges is empty: older
+    /// kernels check the alignment of those, too.
     pub fn as_kernel_iov(&self) -> Option<&'a [IoVec]> {
         let ranges = self.ranges();
         if self.skip != 0 {
@@ -133,7 +134,7 @@ impl<'a> Sg<'a> {
         }
         let mut left = self.len;
         for (i, v) in ranges.iter().enumerate() {
-            if v.len() > left {
+            if v.is_empty() || v.len() > left {
                 return None;
             }
             left -= v.len();
@@ -244,6 +245,7 @@ mod tests {
             prop_assert_eq!(sg.iter().map(|v| v.len()).sum::<usize>(), l2);
             if let Some(k) = sg.as_kernel_iov() {
                 prop_assert_eq!(k.iter().map(IoVec::len).sum::<usize>(), l2);
+                prop_assert!(k.iter().all(|v| !v.is_empty()));
             }
             prop_assert_eq!(sg.is_zero(), l2 == 0 || want.iter().all(|b| *b == 0));
             sg.zero();

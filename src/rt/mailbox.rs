@@ -1,21 +1,22 @@
 //! Messages to a thread that may be polling, working or asleep.
 //!
 //! The owner looks at one flag per loop turn. It sleeps in three steps - announce, look again, block - and a sender
-//! posts in two - publish, look whether the owner announced. Both sides store before they load, with sequential
-//! consistency, so at least one of them sees the other: no message waits for a sleeper (checked with loom below).
+//! posts in two - publish, look whether the owner announced. Both sides store, fence, then load, so at least one of
+//! them sees the other: no message waits for a sleeper (checked with loom below, by contrib/loom). Fences, because loom
+//! takes a sequentially consistent access for an acquire-release one.
 
 use std::any::Any;
 
 #[cfg(not(loom))]
 use std::sync::{
     Mutex,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, Ordering, fence},
 };
 
 #[cfg(loom)]
 use loom::sync::{
     Mutex,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, Ordering, fence},
 };
 
 /// What can be sent to a thread's runtime.
@@ -71,9 +72,10 @@ impl<B: Bell> Mailbox<B> {
     /// Sends `mail`; wakes the owner if it sleeps. Any thread.
     pub fn post(&self, mail: Mail) {
         self.mails.lock().expect("no holder panics").push(mail);
-        self.pending.store(true, Ordering::SeqCst);
+        self.pending.store(true, Ordering::Release);
+        fence(Ordering::SeqCst);
         // The first of several senders rings; the others find the announcement gone.
-        if self.sleeping.load(Ordering::SeqCst) && self.sleeping.swap(false, Ordering::SeqCst) {
+        if self.sleeping.load(Ordering::Relaxed) && self.sleeping.swap(false, Ordering::AcqRel) {
             self.bell.ring();
         }
     }
@@ -81,19 +83,20 @@ impl<B: Bell> Mailbox<B> {
     /// Whether there is mail: one load. Owner only.
     #[inline]
     pub fn has_mail(&self) -> bool {
-        self.pending.load(Ordering::SeqCst)
+        self.pending.load(Ordering::Acquire)
     }
 
     /// Moves all mail to the end of `to`. Owner only.
     pub fn take(&self, to: &mut Vec<Mail>) {
         let mut mails = self.mails.lock().expect("no holder panics");
-        self.pending.store(false, Ordering::SeqCst);
+        self.pending.store(false, Ordering::Relaxed);
         to.append(&mut mails);
     }
 
     /// Announces that the owner is about to block. `false`: there is mail, do not. Owner only.
     pub fn announce_sleep(&self) -> bool {
-        self.sleeping.store(true, Ordering::SeqCst);
+        self.sleeping.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
         if self.has_mail() {
             self.woke();
             return false;
@@ -103,7 +106,7 @@ impl<B: Bell> Mailbox<B> {
 
     /// The owner is awake again. Owner only.
     pub fn woke(&self) {
-        self.sleeping.store(false, Ordering::SeqCst);
+        self.sleeping.store(false, Ordering::Relaxed);
     }
 }
 

@@ -31,6 +31,7 @@ mod buf;
 mod calls;
 mod epoll;
 mod executor;
+mod inline;
 mod mailbox;
 pub mod poll;
 mod pool;
@@ -67,12 +68,23 @@ pub struct File {
     pub request_align: u32,
     /// Memory must be aligned to this (bytes, power of two).
     pub mem_align: u32,
+    inline: inline::Inline,
 }
 
 impl File {
     /// `fd`, served by `engine`, with its alignment demands in bytes.
     pub fn new(fd: OwnedFd, engine: Engine, request_align: u32, mem_align: u32) -> File {
-        File { fd, engine, request_align, mem_align }
+        File { fd, engine, request_align, mem_align, inline: inline::Inline::default() }
+    }
+
+    /// Whether a transfer is better done by a plain system call, here and now. Buffered files take any alignment.
+    #[inline]
+    fn prefers_inline(&self, rw: &Rw) -> bool {
+        rw.write
+            && !rw.dsync
+            && self.request_align == 1
+            && self.engine == Engine::IoUring
+            && self.inline.allowed()
     }
 
     /// The descriptor.
@@ -412,7 +424,7 @@ async fn transfer(
         // SAFETY: `file` and `sg` are borrowed by this future, which also owns `gathered`; `Operation` sees to it
         // that the future is not dropped before the completion.
         let rw = unsafe { Rw::new(file, write, iov, offset, dsync) };
-        reactor.submit_op(file.engine, &rw, op);
+        reactor.submit_op(file, &rw, op);
     });
     Errno::from_result(operation.await)
 }

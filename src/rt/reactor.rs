@@ -8,15 +8,16 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::task::{Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use slab::Slab;
 
 use super::aio::Aio;
 use super::epoll::Epoll;
+use super::inline;
 use super::pool::{Job, pool};
 use super::uring::Uring;
-use super::{Engine, Inbox, Kind, Rw, TOKEN_BITS, is_request, kind_of, token};
+use super::{Engine, File, Inbox, Kind, Rw, TOKEN_BITS, is_request, kind_of, token};
 use crate::error::Errno;
 
 /// How a thread waits.
@@ -65,7 +66,10 @@ pub struct Reactor {
     watches: Slab<Watch>,
     generation: u64,
     in_flight: usize,
-    refused: Vec<(u64, i32)>,
+    /// Requests that are done already: written inline, or refused by the kernel.
+    finished: Vec<(u64, i32)>,
+    /// Spent on inline writes since the last reaping.
+    inline_time: Duration,
 }
 
 /// The payload of the watches that belong to the reactor itself.
@@ -92,7 +96,8 @@ impl Reactor {
             watches: Slab::new(),
             generation: 0,
             in_flight: 0,
-            refused: Vec::new(),
+            finished: Vec::with_capacity(64),
+            inline_time: Duration::ZERO,
         };
         reactor.watch(bell, INTERNAL)?;
         Ok(reactor)
@@ -105,20 +110,39 @@ impl Reactor {
 
     /// Submits a transfer; its answer is [`Event::Done`] with `payload` (below 2^62).
     #[inline]
-    pub fn submit(&mut self, engine: Engine, rw: &Rw, payload: u64) {
-        self.submit_token(engine, rw, token(Kind::Fast, payload));
+    pub fn submit(&mut self, file: &File, rw: &Rw, payload: u64) {
+        self.submit_token(file, rw, token(Kind::Fast, payload));
     }
 
-    fn submit_token(&mut self, engine: Engine, rw: &Rw, token: u64) {
+    #[inline]
+    fn submit_token(&mut self, file: &File, rw: &Rw, token: u64) {
         self.in_flight += 1;
-        if engine == Engine::Native {
+        if file.prefers_inline(rw) {
+            return self.do_inline(file, rw, token);
+        }
+        if file.engine == Engine::Native {
             self.open_aio();
         }
-        match (engine, &mut self.wait, &mut self.aio) {
+        match (file.engine, &mut self.wait, &mut self.aio) {
             (Engine::IoUring, Wait::Uring(ring), _) => ring.push_rw(rw, token),
             (Engine::Native, _, Some(aio)) => aio.push(rw, token),
             _ => pool().push(Job::Rw { rw: *rw, token, inbox: Arc::clone(&self.inbox) }),
         }
+    }
+
+    fn do_inline(&mut self, file: &File, rw: &Rw, token: u64) {
+        let start = Instant::now();
+        let result = rw.call();
+        let time = start.elapsed();
+        file.inline.observe(time);
+        self.inline_time += time;
+        self.finished.push((token, result));
+    }
+
+    /// Whether this turn has done as much inline as it should: completions first, then more.
+    #[inline]
+    pub fn turn_is_full(&self) -> bool {
+        self.inline_time >= inline::TURN
     }
 
     /// Opens this thread's AIO context when it is first needed; without one the thread pool serves.
@@ -146,8 +170,8 @@ impl Reactor {
     }
 
     /// Submits the transfer of operation `op`.
-    pub(super) fn submit_op(&mut self, engine: Engine, rw: &Rw, op: usize) {
-        self.submit_token(engine, rw, token(Kind::Op, op as u64));
+    pub(super) fn submit_op(&mut self, file: &File, rw: &Rw, op: usize) {
+        self.submit_token(file, rw, token(Kind::Op, op as u64));
     }
 
     /// Submits an `fdatasync` for operation `op`.
@@ -224,8 +248,8 @@ impl Reactor {
             ring.submit();
         }
         if let Some(aio) = &mut self.aio {
-            let refused = &mut self.refused;
-            aio.submit(|token, result| refused.push((token, result)));
+            let finished = &mut self.finished;
+            aio.submit(|token, result| finished.push((token, result)));
         }
     }
 
@@ -236,13 +260,14 @@ impl Reactor {
             Wait::Uring(ring) => ring.has_events(),
             Wait::Epoll(_) => false,
         };
-        ring || !self.refused.is_empty() || self.aio.as_ref().is_some_and(Aio::has_events)
+        ring || !self.finished.is_empty() || self.aio.as_ref().is_some_and(Aio::has_events)
     }
 
     /// Takes all completions and events: those of the thread's own program are appended to `to`, tasks are woken.
     #[inline]
     pub fn reap(&mut self, to: &mut Vec<Event>) {
-        let Reactor { wait, aio, ops, watches, in_flight, refused, .. } = self;
+        self.inline_time = Duration::ZERO;
+        let Reactor { wait, aio, ops, watches, in_flight, finished, .. } = self;
         let mut rearm = None;
         match wait {
             Wait::Uring(ring) => ring.reap(|token, result, more| {
@@ -261,7 +286,7 @@ impl Reactor {
         if let Some(aio) = aio {
             aio.reap(|token, result| complete(ops, in_flight, token, result, to));
         }
-        for (token, result) in refused.drain(..) {
+        for (token, result) in finished.drain(..) {
             complete(ops, in_flight, token, result, to);
         }
         // The kernel may end a multishot poll (completion queue full): it is set again. Rare, so one a turn will do,
@@ -279,7 +304,7 @@ impl Reactor {
     /// Blocks until something happens or `timeout` is over. What is queued is submitted first.
     pub fn wait(&mut self, timeout: Option<Duration>) {
         self.flush();
-        if self.aio.as_ref().is_some_and(Aio::has_events) || !self.refused.is_empty() {
+        if self.aio.as_ref().is_some_and(Aio::has_events) || !self.finished.is_empty() {
             return;
         }
         match &mut self.wait {

@@ -383,3 +383,7 @@ impl Walk {
         })
     }
 }
+
+#[cfg(test)]
+#[path = "ring_tests.rs"]
+mod tests;

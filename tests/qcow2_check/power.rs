@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 use vhost_user_blk::block::drivers::qcow2::check::{self, Fix, Report};
+use vhost_user_blk::block::driver::Recognises;
 use vhost_user_blk::block::perm::{Perm, Perms, default_child_perms};
 use vhost_user_blk::block::{
     Driver, DriverDef, DriverKind, Graph, IoFuture, Limits, Node, Op, OpenArgs,
@@ -45,6 +46,7 @@ static DISK: DriverDef = DriverDef {
     kind: DriverKind::Protocol,
     options: &[],
     open: |_: &mut OpenArgs<'_>| Ok(Box::new(Disk(NEXT.lock().unwrap().take().unwrap()))),
+    recognises: Recognises::Nothing,
     child_perms: default_child_perms,
 };
 static DRIVERS: &[&DriverDef] = &[&DISK];

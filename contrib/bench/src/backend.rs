@@ -68,7 +68,9 @@ impl Program {
         let _ = std::fs::remove_file(&socket);
         let out = File::create(&log)?;
         let begin = Instant::now();
-        let child = Command::new(&self.path)
+        let mut command = Command::new(&self.path);
+        sys::end_with_parent(&mut command);
+        let child = command
             .args(self.arguments(blockdev, queues, &socket))
             .stdin(Stdio::null())
             .stdout(out.try_clone()?)

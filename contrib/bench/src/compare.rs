@@ -7,14 +7,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use vub_client::{Client, Options};
 
 use crate::backend::{Backend, Program};
 use crate::bars;
 use crate::cases::{self, Case};
-use crate::load::{self, Job, Report};
+use crate::load::{self, Job, Mode, Report};
 use crate::usage::{self, Rss, Snapshot};
 
 /// CPUs that others may use in a run that counts.
@@ -65,9 +65,9 @@ pub struct Plan {
     /// Seconds per run
     #[arg(long, default_value_t = 3.0)]
     seconds: f64,
-    /// Pin the client to CPU 0 (for both back ends, which stay unpinned)
-    #[arg(long)]
-    pin: bool,
+    /// Which clients to pin to CPU 0, for both back ends (which stay unpinned)
+    #[arg(long, value_enum, default_value = "poll")]
+    pin: Pin,
     /// Do not measure start, memory and idling
     #[arg(long)]
     no_idle: bool,
@@ -77,6 +77,17 @@ pub struct Plan {
     /// Write everything measured to this file
     #[arg(long)]
     json: Option<PathBuf>,
+}
+
+/// Which clients are pinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Pin {
+    /// Those that poll: else back end and client share a CPU for part of the run, by luck.
+    Poll,
+    /// All.
+    All,
+    /// None.
+    None,
 }
 
 /// Median and extremes of some runs.
@@ -236,7 +247,6 @@ pub fn run(plan: &Plan) -> Result<(), String> {
     let (programs, wanted) = (plan.programs(), plan.wanted()?);
     let mut common = Job::common();
     common.time = plan.seconds;
-    common.pin = plan.pin.then_some(0);
     let mut results = Results { machine: machine(), ..Results::default() };
     println!("{}", results.machine);
     for program in &programs {
@@ -291,7 +301,9 @@ fn alternate(
     case: &Case,
     common: &Job,
 ) -> Result<Vec<Series>, String> {
-    let job = case.job(common);
+    let mut job = case.job(common);
+    let pin = plan.pin == Pin::All || plan.pin == Pin::Poll && job.client == Mode::Poll;
+    job.pin = pin.then_some(0);
     let mut runs: Vec<Vec<Report>> = programs.iter().map(|_| Vec::new()).collect();
     for _ in 0..plan.repeat {
         for (program, runs) in programs.iter().zip(&mut runs) {

@@ -81,6 +81,12 @@ mod tests {
     }
 
     #[test]
+    fn verify_notices_a_device_that_stores_nothing() {
+        let job = job("--verify --rw randrw --size 64k --iodepth 4 --ios 1000");
+        assert!(run(&job).unwrap_err().to_string().contains("verify"));
+    }
+
+    #[test]
     fn every_mode_runs_and_counts() {
         for line in [
             "--ios 5000 --iodepth 32",

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use super::file::{Family, OPTIONS, open};
 use crate::block::perm::default_child_perms;
-use crate::block::{DriverDef, DriverKind, Limits};
+use crate::block::{DriverDef, DriverKind, Limits, Recognises};
 
 /// `host_device`.
 pub static HOST_DEVICE: DriverDef = DriverDef {
@@ -16,8 +16,13 @@ pub static HOST_DEVICE: DriverDef = DriverDef {
     kind: DriverKind::Protocol,
     options: OPTIONS,
     open: |args| open(args, &DEVICE),
+    recognises: Recognises::Path(is_device),
     child_perms: default_child_perms,
 };
+
+fn is_device(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|meta| (DEVICE.takes)(&meta))
+}
 
 static DEVICE: Family = Family {
     name: "host_device",

@@ -11,6 +11,12 @@ pub(super) mod posix;
 pub mod qcow2;
 pub mod raw;
 
-/// All drivers.
-pub static TABLE: &[&DriverDef] =
-    &[&file::FILE, &host_device::HOST_DEVICE, &null::NULL_AIO, &null::NULL_CO, &raw::RAW];
+/// All drivers. The order matters where a driver is guessed: those that take anything come last of their kind.
+pub static TABLE: &[&DriverDef] = &[
+    &host_device::HOST_DEVICE,
+    &file::FILE,
+    &null::NULL_AIO,
+    &null::NULL_CO,
+    &qcow2::QCOW2,
+    &raw::RAW,
+];

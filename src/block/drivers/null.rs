@@ -7,7 +7,9 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::block::perm::default_child_perms;
-use crate::block::{Dir, Driver, DriverDef, DriverKind, IoFuture, Limits, Map, Op, OpenArgs};
+use crate::block::{
+    Dir, Driver, DriverDef, DriverKind, IoFuture, Limits, Map, Op, OpenArgs, Recognises,
+};
 use crate::err;
 use crate::error::{Errno, Result};
 use crate::qapi::{Kind, OptionSpec, Options};
@@ -28,6 +30,7 @@ pub static NULL_CO: DriverDef = DriverDef {
     kind: DriverKind::Protocol,
     options: OPTIONS,
     open,
+    recognises: Recognises::Nothing,
     child_perms: default_child_perms,
 };
 
@@ -37,6 +40,7 @@ pub static NULL_AIO: DriverDef = DriverDef {
     kind: DriverKind::Protocol,
     options: OPTIONS,
     open,
+    recognises: Recognises::Nothing,
     child_perms: default_child_perms,
 };
 

@@ -86,6 +86,16 @@ pub fn direct_io_alignment(fd: BorrowedFd<'_>) -> Option<(u32, u32)> {
         .then_some((stat.stx_dio_mem_align, stat.stx_dio_offset_align))
 }
 
+/// The device and inode of an open file. Of a device file: those of the device, whichever file names it.
+pub fn file_id(fd: RawFd) -> Result<(u64, u64)> {
+    // SAFETY: `stat` is a plain C struct of integers, for which all zeroes is a value.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes one `stat` through the pointer.
+    check(unsafe { libc::fstat(fd, &raw mut stat) })?;
+    let device = matches!(stat.st_mode & libc::S_IFMT, libc::S_IFBLK | libc::S_IFCHR);
+    Ok(if device { (stat.st_rdev, u64::MAX) } else { (stat.st_dev, stat.st_ino) })
+}
+
 /// An ioctl that answers with one C int.
 fn get_int(fd: RawFd, request: libc::c_ulong) -> Result<libc::c_int> {
     let mut value: libc::c_int = 0;

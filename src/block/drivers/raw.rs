@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::block::node::SECTOR;
 use crate::block::perm::{ChildPermQuery, Perm, Perms, default_child_perms};
 use crate::block::{
-    Dir, Driver, DriverDef, DriverKind, Edge, IoFuture, Limits, Map, Op, OpenArgs, Role,
+    Dir, Driver, DriverDef, DriverKind, Edge, IoFuture, Limits, Map, Op, OpenArgs, Recognises, Role,
 };
 use crate::err;
 use crate::error::Result;
@@ -25,6 +25,8 @@ pub static RAW: DriverDef = DriverDef {
         OptionSpec::optional("size", Kind::Int { bits: 64, signed: true }),
     ],
     open,
+    // Whatever nobody else recognises.
+    recognises: Recognises::Content(|_| true),
     child_perms,
 };
 

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::access::Access;
 use crate::block::drivers::posix;
+use crate::block::driver::FileId;
 use crate::block::perm::Perms;
 use crate::block::{Dir, Driver, IoFuture, Limits, Map, Op, WriteFlags, ZeroFlags};
 use crate::error::{Errno, Result as ControlResult};
@@ -221,6 +222,15 @@ impl Medium {
 }
 
 impl Driver for Medium {
+    fn filename(&self) -> Option<String> {
+        Some(self.access.how().filename.clone())
+    }
+
+    fn file_id(&self) -> Option<FileId> {
+        let stat = posix::file_id(self.file.fd()).ok()?;
+        Some(FileId { device: stat.0, inode: stat.1 })
+    }
+
     fn len(&self) -> u64 {
         self.len.load(Ordering::Relaxed)
     }

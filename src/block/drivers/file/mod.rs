@@ -21,7 +21,7 @@ use access::{Access, How};
 use medium::{Kind, Medium};
 
 use crate::block::perm::default_child_perms;
-use crate::block::{Driver, DriverDef, DriverKind, Limits, OpenArgs};
+use crate::block::{Driver, DriverDef, DriverKind, Limits, OpenArgs, Recognises};
 use crate::err;
 use crate::error::{Errno, Error, Result};
 use crate::qapi::{Kind as Type, OptionSpec};
@@ -44,6 +44,7 @@ pub static FILE: DriverDef = DriverDef {
     kind: DriverKind::Protocol,
     options: OPTIONS,
     open: |args| open(args, &REGULAR),
+    recognises: Recognises::Path(|_| true),
     child_perms: default_child_perms,
 };
 

@@ -11,6 +11,9 @@
 //! [`Header::read`] does all of them. Whatever is unknown is kept and comes back out of [`Header::serialise`].
 #![forbid(unsafe_code)]
 
+pub use super::extension::{BitmapsExtension, Extension};
+use super::extension::{be32, be64, c_text, feature_names, parse_extension};
+pub use super::features::{Autoclear, Compatible, Compression, CryptMethod, Incompatible};
 use super::layout::{Geometry, HostOffset};
 use crate::err;
 use crate::error::Result;
@@ -42,163 +45,6 @@ pub const MAX_BITMAPS: u32 = 65535;
 pub const MAX_BITMAP_DIRECTORY_SIZE: u64 = 1024 * MAX_BITMAPS as u64;
 /// The longest backing file name in bytes.
 pub const MAX_BACKING_NAME: u64 = 1023;
-/// QEMU's buffer for a format name, terminating zero included.
-const FORMAT_NAME_BUFFER: usize = 16;
-
-const EXT_END: u32 = 0;
-const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
-const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
-const EXT_BITMAPS: u32 = 0x2385_2875;
-const EXT_CRYPTO: u32 = 0x0537_be77;
-const EXT_DATA_FILE: u32 = 0x4441_5441;
-
-bitflags::bitflags! {
-    /// `incompatible_features`: who does not know a bit must not open the image.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub struct Incompatible: u64 {
-        /// Refcounts may be wrong (lazy refcounts, not closed properly).
-        const DIRTY = 1;
-        /// Anything may be wrong; must not be written to.
-        const CORRUPT = 1 << 1;
-        /// Guest data is in another file.
-        const DATA_FILE = 1 << 2;
-        /// `compression_type` is there and not 0.
-        const COMPRESSION = 1 << 3;
-        /// L2 entries of 16 bytes, with subclusters.
-        const EXTENDED_L2 = 1 << 4;
-        const _ = !0;
-    }
-}
-
-impl Incompatible {
-    /// The bits that this driver knows.
-    pub const KNOWN: Incompatible = Incompatible::DIRTY
-        .union(Incompatible::CORRUPT)
-        .union(Incompatible::DATA_FILE)
-        .union(Incompatible::COMPRESSION)
-        .union(Incompatible::EXTENDED_L2);
-}
-
-bitflags::bitflags! {
-    /// `compatible_features`: unknown bits do no harm.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub struct Compatible: u64 {
-        /// Refcounts may be updated late, with the dirty bit set.
-        const LAZY_REFCOUNTS = 1;
-        const _ = !0;
-    }
-}
-
-bitflags::bitflags! {
-    /// `autoclear_features`: who writes and does not know a bit clears it first.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub struct Autoclear: u64 {
-        /// The bitmaps extension is up to date.
-        const BITMAPS = 1;
-        /// The external data file is a raw image by itself.
-        const DATA_FILE_RAW = 1 << 1;
-        const _ = !0;
-    }
-}
-
-impl Autoclear {
-    /// The bits that QEMU knows.
-    pub const KNOWN: Autoclear = Autoclear::BITMAPS.union(Autoclear::DATA_FILE_RAW);
-}
-
-/// `compression_type`: how compressed clusters are compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Compression {
-    /// Raw deflate, which QEMU calls zlib. Type 0.
-    Zlib,
-    /// zstd. Type 1.
-    Zstd,
-}
-
-impl Compression {
-    /// The number in the header.
-    pub fn number(self) -> u8 {
-        match self {
-            Compression::Zlib => 0,
-            Compression::Zstd => 1,
-        }
-    }
-}
-
-/// `crypt_method`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CryptMethod {
-    /// 0.
-    None,
-    /// 1: AES-CBC, legacy.
-    Aes,
-    /// 2.
-    Luks,
-    /// Anything else.
-    Unknown(u32),
-}
-
-impl CryptMethod {
-    fn from_number(n: u32) -> CryptMethod {
-        match n {
-            0 => CryptMethod::None,
-            1 => CryptMethod::Aes,
-            2 => CryptMethod::Luks,
-            n => CryptMethod::Unknown(n),
-        }
-    }
-
-    /// The number in the header.
-    pub fn number(self) -> u32 {
-        match self {
-            CryptMethod::None => 0,
-            CryptMethod::Aes => 1,
-            CryptMethod::Luks => 2,
-            CryptMethod::Unknown(n) => n,
-        }
-    }
-}
-
-/// The bitmaps extension (spec: "Bitmaps extension").
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BitmapsExtension {
-    /// How many bitmaps, at least 1.
-    pub count: u32,
-    /// Length in bytes of the bitmap directory.
-    pub directory_size: u64,
-    /// Where the bitmap directory starts.
-    pub directory_offset: HostOffset,
-}
-
-/// One header extension, in the order of the file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Extension {
-    /// The backing file's format, as written.
-    BackingFormat(Vec<u8>),
-    /// The feature name table: entries of 48 bytes, as written. See [`Header::feature_name`].
-    FeatureNames(Vec<u8>),
-    /// Persistent bitmaps. Only while [`Autoclear::BITMAPS`] is set; a stale one is [`Extension::StaleBitmaps`].
-    Bitmaps(BitmapsExtension),
-    /// A bitmaps extension that must be considered inconsistent, because a writer did not know it: as written.
-    /// QEMU drops it when it rewrites the header.
-    StaleBitmaps(Vec<u8>),
-    /// Where the encryption header is: offset and length in bytes.
-    Crypto {
-        /// First byte.
-        offset: HostOffset,
-        /// Length in bytes.
-        len: u64,
-    },
-    /// The name of the external data file.
-    DataFile(Vec<u8>),
-    /// Not known; kept.
-    Unknown {
-        /// Its type.
-        magic: u32,
-        /// Its data.
-        data: Vec<u8>,
-    },
-}
 
 /// What an image is opened for: some checks differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -256,24 +102,6 @@ pub struct Header {
     /// Where the name is in the file as parsed; [`Header::serialise`] finds a place of its own.
     backing_file_offset: u64,
     backing_file_size: u32,
-}
-
-fn be32(bytes: &[u8], at: usize) -> u32 {
-    let mut word = [0; 4];
-    word.copy_from_slice(&bytes[at..at + 4]);
-    u32::from_be_bytes(word)
-}
-
-fn be64(bytes: &[u8], at: usize) -> u64 {
-    let mut word = [0; 8];
-    word.copy_from_slice(&bytes[at..at + 8]);
-    u64::from_be_bytes(word)
-}
-
-/// Text up to the first zero byte, as C sees it; whatever is not UTF-8 is replaced.
-fn c_text(bytes: &[u8]) -> String {
-    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
-    String::from_utf8_lossy(&bytes[..end]).into_owned()
 }
 
 impl Header {
@@ -422,7 +250,7 @@ impl Header {
         let mut names = Vec::new();
         let (mut extensions, mut at) = (Vec::new(), self.header_length as usize);
         // As far as they can be read: the error is about the features.
-        while let Ok(Some((extension, next))) = self.parse_extension(cluster0, at) {
+        while let Ok(Some((extension, next))) = parse_extension(self, cluster0, at) {
             extensions.push(extension);
             at = next;
         }
@@ -507,99 +335,11 @@ impl Header {
     /// In QEMU's words.
     pub fn parse_extensions(&mut self, cluster0: &[u8]) -> Result<()> {
         let mut at = self.header_length as usize;
-        while let Some((extension, next)) = self.parse_extension(cluster0, at)? {
+        while let Some((extension, next)) = parse_extension(self, cluster0, at)? {
             self.extensions.push(extension);
             at = next;
         }
         Ok(())
-    }
-
-    /// The extension at `at`, and where the next one is; `None` at the end.
-    fn parse_extension(&self, cluster0: &[u8], at: usize) -> Result<Option<(Extension, usize)>> {
-        let end = match usize::try_from(self.backing_file_offset) {
-            Ok(0) | Err(_) => 1 << self.cluster_bits,
-            Ok(offset) => offset,
-        };
-        if at >= end {
-            return Ok(None);
-        }
-        if end - at < 8 {
-            return Err(err!("Header extension too large"));
-        }
-        let (magic, len, data) = (be32(cluster0, at), be32(cluster0, at + 4) as usize, at + 8);
-        if len > end - data {
-            return Err(err!("Header extension too large"));
-        }
-        if magic == EXT_END {
-            return Ok(None);
-        }
-        let bytes = &cluster0[data..data + len];
-        let extension = match magic {
-            EXT_BACKING_FORMAT if len >= FORMAT_NAME_BUFFER => {
-                return Err(err!(
-                    "ERROR: ext_backing_format: len={len} too large (>={FORMAT_NAME_BUFFER})"
-                ));
-            }
-            EXT_BACKING_FORMAT => Extension::BackingFormat(bytes.to_vec()),
-            EXT_FEATURE_NAMES => Extension::FeatureNames(bytes.to_vec()),
-            EXT_BITMAPS => self.parse_bitmaps(bytes)?,
-            EXT_CRYPTO => self.parse_crypto(bytes)?,
-            EXT_DATA_FILE => Extension::DataFile(bytes.to_vec()),
-            magic => Extension::Unknown { magic, data: bytes.to_vec() },
-        };
-        Ok(Some((extension, data + len.next_multiple_of(8))))
-    }
-
-    fn parse_bitmaps(&self, bytes: &[u8]) -> Result<Extension> {
-        if bytes.len() != 24 {
-            return Err(err!("bitmaps_ext: Invalid extension length"));
-        }
-        if !self.autoclear.contains(Autoclear::BITMAPS) {
-            return Ok(Extension::StaleBitmaps(bytes.to_vec()));
-        }
-        if be32(bytes, 4) != 0 {
-            return Err(err!("bitmaps_ext: Reserved field is not zero"));
-        }
-        let (count, directory_size) = (be32(bytes, 0), be64(bytes, 8));
-        let directory_offset = HostOffset(be64(bytes, 16));
-        if count > MAX_BITMAPS {
-            return Err(err!(
-                "bitmaps_ext: Image has {count} bitmaps, exceeding the QEMU supported maximum of \
-                 {MAX_BITMAPS}"
-            ));
-        }
-        if count == 0 {
-            return Err(err!("found bitmaps extension with zero bitmaps"));
-        }
-        if !self.geometry().is_cluster_aligned(directory_offset) {
-            return Err(err!("bitmaps_ext: invalid bitmap directory offset"));
-        }
-        if directory_size > MAX_BITMAP_DIRECTORY_SIZE {
-            return Err(err!(
-                "bitmaps_ext: bitmap directory size ({directory_size}) exceeds the maximum \
-                 supported size ({MAX_BITMAP_DIRECTORY_SIZE})"
-            ));
-        }
-        Ok(Extension::Bitmaps(BitmapsExtension { count, directory_size, directory_offset }))
-    }
-
-    fn parse_crypto(&self, bytes: &[u8]) -> Result<Extension> {
-        if self.crypt_method != CryptMethod::Luks {
-            return Err(err!("CRYPTO header extension only expected with LUKS encryption method"));
-        }
-        if bytes.len() != 16 {
-            let len = bytes.len();
-            return Err(err!("CRYPTO header extension size {len}, but expected size 16"));
-        }
-        let (offset, len) = (HostOffset(be64(bytes, 0)), be64(bytes, 8));
-        if !self.geometry().is_cluster_aligned(offset) {
-            let size = 1u64 << self.cluster_bits;
-            return Err(err!(
-                "Encryption header offset '{}' is not a multiple of cluster size '{size}'",
-                offset.0
-            ));
-        }
-        Ok(Extension::Crypto { offset, len })
     }
 
     /// The backing file's name in `cluster0` (see [`Header::read`]).
@@ -618,6 +358,14 @@ impl Header {
         let range = to_usize(at)..to_usize(at + len);
         self.backing_file = Some(cluster0[range].to_vec());
         Ok(())
+    }
+
+    /// Where the extensions must end in cluster 0: at the backing file's name, or at the cluster's end.
+    pub(super) fn extensions_end(&self) -> usize {
+        match usize::try_from(self.backing_file_offset) {
+            Ok(0) | Err(_) => 1 << self.cluster_bits,
+            Ok(offset) => offset,
+        }
     }
 
     /// The geometry that follows from the header.
@@ -742,41 +490,6 @@ impl Header {
         out.resize(length as usize, 0);
         out
     }
-}
-
-impl Extension {
-    /// Its type and its data, as written.
-    fn parts(&self) -> (u32, Vec<u8>) {
-        match self {
-            Extension::BackingFormat(name) => (EXT_BACKING_FORMAT, name.clone()),
-            Extension::FeatureNames(table) => (EXT_FEATURE_NAMES, table.clone()),
-            Extension::StaleBitmaps(data) => (EXT_BITMAPS, data.clone()),
-            Extension::Bitmaps(b) => {
-                let mut data = b.count.to_be_bytes().to_vec();
-                data.extend([0; 4]);
-                data.extend(b.directory_size.to_be_bytes());
-                data.extend(b.directory_offset.0.to_be_bytes());
-                (EXT_BITMAPS, data)
-            }
-            Extension::Crypto { offset, len } => {
-                let words = [offset.0, *len];
-                (EXT_CRYPTO, words.iter().flat_map(|w| w.to_be_bytes()).collect())
-            }
-            Extension::DataFile(name) => (EXT_DATA_FILE, name.clone()),
-            Extension::Unknown { magic, data } => (*magic, data.clone()),
-        }
-    }
-}
-
-/// The (bit, name) pairs of one class in the feature name table, up to an entry without a name.
-fn feature_names(extensions: &[Extension], class: u8) -> impl Iterator<Item = (u8, String)> {
-    let table = extensions.iter().rev().find_map(|e| match e {
-        Extension::FeatureNames(table) => Some(table.as_slice()),
-        _ => None,
-    });
-    let entries = table.unwrap_or_default().chunks_exact(48).take_while(|e| e[2] != 0);
-    let of_class = entries.filter(move |e| e[0] == class && e[1] < 64);
-    of_class.map(|e| (e[1], c_text(&e[2..])))
 }
 
 fn to_usize(n: u64) -> usize {

@@ -1,0 +1,180 @@
+//! Opening an image: QEMU's order of checks, so that the same image fails with the same words.
+#![forbid(unsafe_code)]
+
+use serde_json::Value;
+
+use super::Qcow2;
+use super::cache::SliceCache;
+use super::compressed::Decompressor;
+use super::flight::Flights;
+use super::header::{Autoclear, Header, Incompatible, Purpose};
+use super::options::Choices;
+use super::read::{Corruption, L1Table};
+use crate::block::{Driver, Edge, InForce, Node, Op, OpenArgs, Role};
+use crate::err;
+use crate::error::{Errno, Error, Result};
+use crate::mem::Sg;
+use crate::rt::{self, Buffer};
+
+/// Opens a node.
+///
+/// # Errors
+/// In QEMU's words.
+pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
+    let purpose = purpose(&mut args.in_force)?;
+    let file = args.open_child("file", Role::File)?;
+    args.enter_file(&file)?;
+    let cluster0 = read_header(&file.node)?;
+    let mut header = Header::parse(&cluster0)?;
+    header.check_limits(purpose)?;
+    let l1 = read_l1(&file.node, &header)?;
+    let choices = Choices::take(args, &header)?;
+    header.parse_extensions(&cluster0)?;
+    warn_of_stale_bitmaps(&header);
+    let mut edges = vec![file];
+    edges.extend(open_data_file(args, &header)?);
+    let data = edges.len() - 1;
+    header.parse_backing_file(&cluster0)?;
+    edges.extend(open_backing(args, &edges[0].node, &header)?);
+    let backing = (edges.len() - 1 > data).then_some(data + 1);
+    let geometry = header.geometry();
+    let cache =
+        SliceCache::new(choices.l2).map_err(|_| err!("Could not allocate metadata caches"))?;
+    let cluster = to_usize(geometry.cluster_size())?;
+    Ok(Box::new(Qcow2 {
+        edges,
+        data,
+        backing,
+        compressed: Decompressor::new(header.compression, cluster),
+        corruption: Corruption::default(),
+        flights: Flights::default(),
+        geometry,
+        header,
+        choices,
+        l1,
+        cache,
+    }))
+}
+
+/// What the node is opened for. **The one place that says that this driver does not write yet**: the write path
+/// removes the refusal, and answers [`Purpose::Write`] for nodes that are not read-only.
+fn purpose(in_force: &mut InForce) -> Result<Purpose> {
+    if !in_force.read_only {
+        if !in_force.auto_read_only {
+            return Err(err!(
+                "qcow2: writing is not supported yet; open the node with read-only=on or \
+                 auto-read-only=on"
+            ));
+        }
+        in_force.read_only = true;
+    }
+    Ok(Purpose::Read)
+}
+
+fn to_usize(n: u64) -> Result<usize> {
+    usize::try_from(n).map_err(|_| Error::from_errno("Image is too big", Errno(libc::EFBIG)))
+}
+
+/// Reads `len` bytes of `node`; what is beyond its end is left out.
+fn read_up_to(node: &Node, offset: u64, len: u64) -> std::result::Result<Vec<u8>, Errno> {
+    let len = len.min(node.len().saturating_sub(offset));
+    let len = usize::try_from(len).map_err(|_| Errno(libc::ENOMEM))?;
+    if len == 0 {
+        return Ok(Vec::new());
+    }
+    let align = node.driver().limits().mem_align.max(512) as usize;
+    let buffer = Buffer::new(len, align);
+    let iov = [buffer.iovec()];
+    rt::block_on(node.submit(Op::Read { offset, to: Sg::new(&iov) }))?;
+    Ok(buffer.bytes().to_vec())
+}
+
+/// The bytes of cluster 0, filled up with zeroes where the file ends earlier.
+fn read_header(file: &Node) -> Result<Vec<u8>> {
+    let read = |len: usize| {
+        let mut bytes = read_up_to(file, 0, len as u64)
+            .map_err(|e| Error::from_errno("Could not read qcow2 header", e))?;
+        bytes.resize(len, 0);
+        Ok(bytes)
+    };
+    let first: Vec<u8> = read(512)?;
+    match Header::extent(&first) {
+        512 => Ok(first),
+        len => read(len),
+    }
+}
+
+/// The active L1 table. One that is not wholly in the file is an error: QEMU would take the rest for unallocated.
+fn read_l1(file: &Node, header: &Header) -> Result<L1Table> {
+    let (offset, len) = (header.l1_table_offset.0, u64::from(header.l1_size) * 8);
+    let bytes = read_up_to(file, offset, len)
+        .map_err(|e| Error::from_errno("Could not read L1 table", e))?;
+    if (bytes.len() as u64) < len {
+        return Err(err!("Could not read L1 table: it lies beyond the end of the image file"));
+    }
+    Ok(L1Table::parse(&bytes))
+}
+
+fn warn_of_stale_bitmaps(header: &Header) {
+    if header.has_stale_bitmaps() {
+        let text = if header.version < 3 {
+            "This qcow2 v2 image contains bitmaps, but they may have been modified by a program \
+             without persistent bitmap support; so now they must all be considered inconsistent"
+        } else {
+            "a program lacking bitmap support modified this file, so all bitmaps are now \
+             considered inconsistent"
+        };
+        log::warn!("{text}");
+    }
+}
+
+/// The external data file: as the user says, else as the header says. (A relative name there is relative to the working
+/// directory, as in QEMU.)
+fn open_data_file(args: &mut OpenArgs<'_>, header: &Header) -> Result<Option<Edge>> {
+    let given = args.open_child_if_given("data-file", Role::Data)?;
+    if !header.incompatible.contains(Incompatible::DATA_FILE) {
+        return match given {
+            Some(_) => {
+                Err(err!("'data-file' can only be set for images with an external data file"))
+            }
+            None if header.autoclear.contains(Autoclear::DATA_FILE_RAW) => {
+                Err(err!("data-file-raw requires a data file"))
+            }
+            None => Ok(None),
+        };
+    }
+    match (given, header.data_file_name()) {
+        (Some(edge), _) => Ok(Some(edge)),
+        (None, Some(name)) => {
+            let options = args.graph.implicit_file(&name)?;
+            args.open_implicit_child("data-file", Role::Data, options).map(Some)
+        }
+        (None, None) => Err(err!("'data-file' is required for this image")),
+    }
+}
+
+/// The backing file: as the user says, else as the header says.
+fn open_backing(args: &mut OpenArgs<'_>, file: &Node, header: &Header) -> Result<Option<Edge>> {
+    match args.options.get("backing") {
+        Some(Value::Null) => {
+            args.options.shift_remove("backing");
+            return Ok(None);
+        }
+        Some(Value::String(name)) if name.is_empty() => {
+            log::warn!("Use of \"backing\": \"\" is deprecated; use \"backing\": null instead");
+            args.options.shift_remove("backing");
+            return Ok(None);
+        }
+        Some(_) => {
+            let edge = args.open_child_if_given("backing", Role::Backing);
+            return edge.map_err(|e| e.prepend("Could not open backing file: "));
+        }
+        None => {}
+    }
+    let Some(name) = header.backing_file_name() else { return Ok(None) };
+    let format = header.backing_format();
+    let options = args.graph.implicit_image(file, &name, format.as_deref());
+    let edge =
+        options.and_then(|options| args.open_implicit_child("backing", Role::Backing, options));
+    edge.map(Some).map_err(|e| e.prepend("Could not open backing file: "))
+}

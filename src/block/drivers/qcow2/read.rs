@@ -1,0 +1,330 @@
+//! Where guest data is, and reading what is not simply somewhere.
+//!
+//! Both lanes look a guest offset up in the same way: the L1 entry and the cached slice give a [`Mapping`], its run of
+//! equal subclusters is extended over the following entries as long as they continue it, and the result is a
+//! [`Place`]. The fast lane gives up where the slice is not cached; the slow lane reads it.
+#![forbid(unsafe_code)]
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use super::Qcow2;
+use super::flight::Turn;
+use super::layout::{
+    BadEntry, CompressedData, GuestOffset, Hex, HostOffset, L1Entry, L2Entry, Mapping, Subcluster,
+    subcluster,
+};
+use crate::block::driver::{ResolveFuture, Resolver};
+use crate::block::{IoFuture, Map, Node, Op};
+use crate::error::Errno;
+use crate::mem::Sg;
+use crate::rt::Buffer;
+
+/// The active L1 table, in memory as a whole: 8 bytes for each 512 MiB of disk with the default cluster size.
+pub struct L1Table(Box<[AtomicU64]>);
+
+impl L1Table {
+    /// From its bytes as on disk.
+    pub fn parse(bytes: &[u8]) -> L1Table {
+        let word = |bytes: &[u8]| {
+            let mut value = [0; 8];
+            value.copy_from_slice(bytes);
+            AtomicU64::new(u64::from_be_bytes(value))
+        };
+        L1Table(bytes.chunks_exact(8).map(word).collect())
+    }
+
+    /// The entry at `index`; 0 beyond the table.
+    fn get(&self, index: u64) -> u64 {
+        let entry = usize::try_from(index).ok().and_then(|i| self.0.get(i));
+        entry.map_or(0, |e| e.load(Ordering::Acquire))
+    }
+}
+
+/// Says once that the image is corrupt, as QEMU does.
+#[derive(Default)]
+pub struct Corruption {
+    said: AtomicBool,
+}
+
+impl Corruption {
+    /// Reports what a request has met; the request fails with the error returned.
+    pub fn met(&self, what: impl std::fmt::Display) -> Errno {
+        if !self.said.swap(true, Ordering::Relaxed) {
+            log::error!(
+                "qcow2: Image is corrupt: {what}; further non-fatal corruption events will be suppressed"
+            );
+        }
+        Errno::EIO
+    }
+}
+
+/// Where the first bytes of a range are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// In the data file.
+    Data(HostOffset),
+    /// Nowhere: zeroes.
+    Zero,
+    /// Where the backing file has them, if there is one.
+    Backing,
+    /// In compressed data.
+    Compressed(CompressedData),
+}
+
+impl Place {
+    /// Whether `next` is what follows after `len` bytes.
+    fn continues_with(self, len: u64, next: Place) -> bool {
+        match (self, next) {
+            (Place::Data(here), Place::Data(there)) => here.plus(len) == there,
+            (Place::Zero, Place::Zero) | (Place::Backing, Place::Backing) => true,
+            _ => false,
+        }
+    }
+}
+
+impl Qcow2 {
+    /// The slice of `guest` and the index of its entry there.
+    fn slice_of(&self, guest: GuestOffset) -> (u64, u32) {
+        let cluster = guest.0 >> self.geometry.cluster_bits;
+        let entries = u64::from(self.cache.shape().entries);
+        (cluster / entries, (cluster % entries) as u32)
+    }
+
+    /// The mapping of `guest`'s cluster as far as it can be told without waiting. Takes no lock.
+    fn look_up(&self, guest: GuestOffset) -> Option<Result<Mapping, BadEntry>> {
+        let (slice, index) = self.slice_of(guest);
+        match self.cache.get(slice, index) {
+            Some(entry) => Some(entry.decode(&self.geometry, self.geometry.cluster_start(guest))),
+            None => {
+                let l1 = self.l1.get(self.geometry.l1_index(guest));
+                let none =
+                    matches!(L1Entry::decode(l1, &self.geometry), Ok(e) if e.table.is_none());
+                none.then_some(Ok(Mapping::UNALLOCATED))
+            }
+        }
+    }
+
+    /// The run of equal subclusters that starts at `guest`: at most to the end of its cluster, at most `len`.
+    fn run(&self, mapping: Mapping, guest: GuestOffset, len: u64) -> (Place, u64) {
+        let g = &self.geometry;
+        let inside = g.in_cluster(guest);
+        let to_end = (g.cluster_size() - inside).min(len);
+        let (host, allocated, zero) = match mapping {
+            Mapping::Compressed(data) => return (Place::Compressed(data), to_end),
+            Mapping::Standard { host, allocated, zero, .. } => (host, allocated, zero),
+        };
+        let first = g.subcluster_index(guest);
+        let state = subcluster(allocated, zero, first);
+        let mut end = first + 1;
+        while end < g.subclusters() && subcluster(allocated, zero, end) == state {
+            end += 1;
+        }
+        let run = (u64::from(end) << g.subcluster_bits()) - inside;
+        let place = match (state, host) {
+            (Subcluster::Data, Some(host)) => Place::Data(host.plus(inside)),
+            (Subcluster::Zero, _) => Place::Zero,
+            // Decoding has seen to it that data has a host cluster.
+            (Subcluster::Unallocated, _) | (Subcluster::Data, None) => Place::Backing,
+        };
+        (place, run.min(to_end))
+    }
+
+    /// The place of `guest` by its cluster's `mapping`, and how far it goes on, over cached entries, up to `len`.
+    fn extent(&self, mapping: Mapping, guest: GuestOffset, len: u64) -> (Place, u64) {
+        let (place, mut n) = self.run(mapping, guest, len);
+        while n < len {
+            let next = guest.plus(n);
+            let Some(Ok(mapping)) = self.look_up(next) else { break };
+            let (more, m) = self.run(mapping, next, len - n);
+            if !place.continues_with(n, more) {
+                break;
+            }
+            n += m;
+        }
+        (place, n)
+    }
+
+    /// Fast lane for reads.
+    pub fn map_read(&self, offset: u64, len: u64) -> Map<'_> {
+        let guest = GuestOffset(offset);
+        let Some(Ok(mapping)) = self.look_up(guest) else { return Map::Slow };
+        let (place, n) = self.extent(mapping, guest, len);
+        if n < len {
+            return Map::Slow;
+        }
+        match place {
+            Place::Zero => Map::Zero,
+            Place::Data(HostOffset(at)) => within(self.data(), at, len),
+            Place::Backing => match self.backing() {
+                None => Map::Zero,
+                Some(backing) if offset >= backing.len() => Map::Zero,
+                Some(backing) => within(backing, offset, len),
+            },
+            Place::Compressed(_) => Map::Slow,
+        }
+    }
+
+    /// The mapping of `guest`'s cluster, reading its slice if it must.
+    async fn mapping(&self, guest: GuestOffset) -> Result<Mapping, Errno> {
+        let start = self.geometry.cluster_start(guest);
+        let (slice, index) = self.slice_of(guest);
+        let turn = match self.look_up(guest) {
+            Some(found) => Turn::Found(found),
+            None => self.flights.turn(slice, || self.look_up(guest)).await,
+        };
+        let found = match turn {
+            Turn::Found(found) => found,
+            Turn::Mine(_flight) => {
+                let bytes = self.read_slice(slice, guest).await?;
+                // All slots waiting to be written back: then this request does without the cache.
+                let _ = self.cache.fill(slice, bytes.bytes());
+                // Not from the cache: with few slots it may be evicted again already, and so on for ever.
+                self.entry_in(bytes.bytes(), index).decode(&self.geometry, start)
+            }
+        };
+        found.map_err(|bad| self.corrupt_entry(bad, start))
+    }
+
+    fn entry_in(&self, slice: &[u8], index: u32) -> L2Entry {
+        let size = self.cache.shape().entry_words as usize * 8;
+        let mut words = slice[index as usize * size..][..size].chunks_exact(8).map(|bytes| {
+            let mut word = [0; 8];
+            word.copy_from_slice(bytes);
+            u64::from_be_bytes(word)
+        });
+        let word = words.next().unwrap_or(0);
+        L2Entry { word, bitmap: words.next().unwrap_or(0) }
+    }
+
+    /// Reads the slice of `guest`'s L2 table from the file: one transfer.
+    async fn read_slice(&self, slice: u64, guest: GuestOffset) -> Result<Buffer, Errno> {
+        let shape = self.cache.shape();
+        let bytes = u64::from(shape.entries) * u64::from(shape.entry_words) * 8;
+        let l1_index = self.geometry.l1_index(guest);
+        let table = L1Entry::decode(self.l1.get(l1_index), &self.geometry);
+        let table = match table {
+            Ok(L1Entry { table: Some(table), .. }) => table,
+            // Somebody has freed the table since the look-up.
+            Ok(L1Entry { table: None, .. }) => return Err(Errno::EIO),
+            Err(bad) => return Err(self.corrupt_table(bad, l1_index)),
+        };
+        let per_table = self.geometry.cluster_size() / bytes;
+        let at = table.plus(slice % per_table * bytes);
+        if at.0 + bytes > self.file().len() {
+            let (table, l1_index) = (Hex(table.0), Hex(l1_index));
+            return Err(self.corruption.met(format_args!(
+                "L2 table offset {table} beyond the end of the image file (L1 index: {l1_index})"
+            )));
+        }
+        let align = self.file().driver().limits().mem_align.max(512) as usize;
+        let buffer = Buffer::new(usize::try_from(bytes).map_err(|_| Errno::EIO)?, align);
+        let iov = [buffer.iovec()];
+        self.file().submit(Op::Read { offset: at.0, to: Sg::new(&iov) }).await?;
+        Ok(buffer)
+    }
+
+    fn corrupt_table(&self, bad: BadEntry, l1_index: u64) -> Errno {
+        let index = Hex(l1_index);
+        match bad {
+            BadEntry::Unaligned(HostOffset(offset)) => self
+                .corruption
+                .met(format_args!("L2 table offset {} unaligned (L1 index: {index})", Hex(offset))),
+            bad => self.corruption.met(format_args!("L1 entry {index} invalid ({bad:?})")),
+        }
+    }
+
+    /// QEMU's words for a bad entry of the cluster that starts at `guest`.
+    fn corrupt_entry(&self, bad: BadEntry, guest: GuestOffset) -> Errno {
+        let l1 = L1Entry::decode(self.l1.get(self.geometry.l1_index(guest)), &self.geometry);
+        let table = l1.ok().and_then(|e| e.table).map_or(0, |t| t.0);
+        let index = Hex(self.geometry.l2_index(guest));
+        let place = format!("(L2 offset: {}, L2 index: {index})", Hex(table));
+        let text = match bad {
+            BadEntry::Unaligned(HostOffset(offset)) => {
+                format!("Cluster allocation offset {} unaligned {place}", Hex(offset))
+            }
+            BadEntry::ZeroInV2 => format!("Zero cluster entry found in pre-v3 image {place}"),
+            BadEntry::CompressedInDataFile => {
+                format!("Compressed cluster entry found in image with external data file {place}")
+            }
+            BadEntry::Displaced { host, guest } => format!(
+                "External data file host cluster offset {} does not match guest cluster offset: \
+                 {}, L2 index: {index})",
+                Hex(host.0),
+                Hex(guest.0)
+            ),
+            BadEntry::Subclusters(_) => format!("Invalid cluster entry found  {place}"),
+            BadEntry::Reserved(bits) => {
+                format!("L2 entry with reserved bits set: {} {place}", Hex(bits))
+            }
+            BadEntry::CompressedTooFar(HostOffset(offset)) => {
+                format!("Compressed cluster offset {} too large {place}", Hex(offset))
+            }
+        };
+        self.corruption.met(text)
+    }
+
+    /// Reads a part of a compressed cluster.
+    async fn read_compressed(&self, guest: GuestOffset, to: Sg<'_>) -> Result<(), Errno> {
+        let Mapping::Compressed(data) = self.mapping(guest).await? else {
+            // Rewritten since: ask again where it is.
+            return crate::block::walk::read(self, guest.0, to).await;
+        };
+        let cluster = self.compressed.get(data, async || self.read_packed(data).await).await?;
+        let inside = usize::try_from(self.geometry.in_cluster(guest)).map_err(|_| Errno::EIO)?;
+        let part = cluster.get(inside..).and_then(|rest| rest.get(..to.len()));
+        to.copy_from(part.ok_or(Errno::EIO)?);
+        Ok(())
+    }
+
+    /// The packed bytes; the last sector may hang over the end of the file.
+    async fn read_packed(&self, data: CompressedData) -> Result<Vec<u8>, Errno> {
+        let CompressedData { offset: HostOffset(at), len } = data;
+        let len = len.min(self.file().len().saturating_sub(at));
+        if len == 0 {
+            return Err(self.corruption.met(format_args!(
+                "Compressed cluster offset {} beyond the end of the image file",
+                Hex(at)
+            )));
+        }
+        let align = self.file().driver().limits().mem_align.max(512) as usize;
+        let buffer = Buffer::new(usize::try_from(len).map_err(|_| Errno::EIO)?, align);
+        let iov = [buffer.iovec()];
+        self.file().submit(Op::Read { offset: at, to: Sg::new(&iov) }).await?;
+        Ok(buffer.bytes().to_vec())
+    }
+
+    async fn find(&self, offset: u64, len: u64) -> Result<(Map<'_>, u64), Errno> {
+        let guest = GuestOffset(offset);
+        let mapping = self.mapping(guest).await?;
+        let (place, n) = self.extent(mapping, guest, len);
+        let map = match place {
+            Place::Zero => Map::Zero,
+            Place::Data(HostOffset(offset)) => Map::Child { child: self.data(), offset },
+            Place::Backing => match self.backing() {
+                None => Map::Zero,
+                Some(child) => Map::Child { child, offset },
+            },
+            Place::Compressed(_) => Map::Slow,
+        };
+        Ok((map, n))
+    }
+}
+
+/// The range of `child`, if it is inside.
+fn within(child: &Node, offset: u64, len: u64) -> Map<'_> {
+    match offset.checked_add(len) {
+        Some(end) if end <= child.len() => Map::Child { child, offset },
+        _ => Map::Slow,
+    }
+}
+
+impl Resolver for Qcow2 {
+    fn resolve(&self, offset: u64, len: u64) -> ResolveFuture<'_> {
+        Box::pin(self.find(offset, len))
+    }
+
+    fn fetch<'a>(&'a self, offset: u64, to: Sg<'a>) -> IoFuture<'a> {
+        Box::pin(self.read_compressed(GuestOffset(offset), to))
+    }
+}
