@@ -4,10 +4,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::driver::FileId;
 use super::graph::{NodeId, Place};
 use super::io::IoState;
 use super::links::Link;
-use super::driver::FileId;
 use super::{Driver, DriverDef};
 
 /// The unit of a disk's length: drivers may have odd lengths, guests see whole sectors.

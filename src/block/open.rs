@@ -41,11 +41,7 @@ impl Above<'_> {
 ///
 /// # Errors
 /// In QEMU's words; nothing is left behind.
-pub(super) fn open(
-    graph: &Graph,
-    mut options: Options,
-    above: Above<'_>,
-) -> Result<Arc<Node>> {
+pub(super) fn open(graph: &Graph, mut options: Options, above: Above<'_>) -> Result<Arc<Node>> {
     let Above { inherit, depth, lineage } = above;
     if depth >= MAX_DEPTH {
         return Err(too_deep());

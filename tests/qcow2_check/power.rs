@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
-use vhost_user_blk::block::drivers::qcow2::check::{self, Fix, Report};
 use vhost_user_blk::block::driver::Recognises;
+use vhost_user_blk::block::drivers::qcow2::check::{self, Fix, Report};
 use vhost_user_blk::block::perm::{Perm, Perms, default_child_perms};
 use vhost_user_blk::block::{
     Driver, DriverDef, DriverKind, Graph, IoFuture, Limits, Node, Op, OpenArgs,

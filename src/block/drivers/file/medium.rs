@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use serde_json::Value;
 
 use super::access::Access;
-use crate::block::drivers::posix;
 use crate::block::driver::FileId;
+use crate::block::drivers::posix;
 use crate::block::perm::Perms;
 use crate::block::{Dir, Driver, IoFuture, Limits, Map, Op, WriteFlags, ZeroFlags};
 use crate::error::{Errno, Result as ControlResult};

@@ -180,10 +180,10 @@ struct Check<'a> {
     /// The active L1 table.
     l1: Rc<[u64]>,
     snapshots: Snapshots,
-    /// L2 tables without fault, and how often they are referenced beyond the first time.
-    shared: HashMap<u64, u64>,
-    /// How many more times tables with faults may be examined again.
-    patience: u32,
+    /// L2 tables met so far.
+    shared: HashMap<u64, walk::Seen>,
+    /// Entries of tables met before that may be examined again.
+    patience: u64,
     /// Bytes of L1 tables that may still be walked.
     l1_budget: u64,
     /// The refcount structures must be built anew.

@@ -4,7 +4,7 @@
 use super::super::layout::{COPIED, OFFSET_MASK};
 use super::disk::words_of;
 use super::overlap::Target;
-use super::walk::Kind;
+use super::walk::{Kind, PATIENCE, Seen};
 use super::{Check, Fix};
 use crate::error::Errno;
 
@@ -17,13 +17,30 @@ impl Check<'_> {
             Fix::Leaks => self.report.is_clean(),
             Fix::All => true,
         };
+        self.shared.clear();
+        self.patience = PATIENCE;
         for index in 0..self.l1.len() {
             if self.l1[index] & OFFSET_MASK != 0 {
                 self.check_l1_entry(index, repair).await?;
-                self.check_l2_table(self.l1[index] & OFFSET_MASK, repair).await?;
+                self.visit_l2_flags(self.l1[index] & OFFSET_MASK, repair).await?;
                 self.step();
             }
         }
+        Ok(())
+    }
+
+    /// As in the walk: a table is examined again only if there is something to tell again, and not for ever.
+    async fn visit_l2_flags(&mut self, offset: u64, repair: bool) -> Result<(), Errno> {
+        if let Some(seen) = self.shared.get(&offset) {
+            if seen.is_clean() || self.patience < self.g.l2_entries() {
+                return Ok(());
+            }
+            self.patience -= self.g.l2_entries();
+        }
+        let before = self.report.corruptions;
+        self.check_l2_table(offset, repair).await?;
+        let clean = before == self.report.corruptions;
+        self.shared.insert(offset, Seen::new(clean));
         Ok(())
     }
 

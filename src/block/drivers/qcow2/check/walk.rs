@@ -17,14 +17,34 @@ use super::overlap::Target;
 use super::{Check, Fix};
 use crate::error::Errno;
 
-/// How often tables with faults are examined again.
-pub(super) const PATIENCE: u32 = 65536;
+/// How many entries of tables that were met before are examined again: seconds, where a hostile L1 table that names one L2
+/// table four million times would take hours.
+pub(super) const PATIENCE: u64 = 1 << 26;
 /// The most bytes of L1 tables that are walked, whatever the file's length: a thousand snapshots of 64 TiB disks.
 const L1_BYTES_MAX: u64 = 1 << 30;
 
 /// The bytes of L1 tables that may be walked. Tables do not overlap in an image that is not hostile.
 pub(super) fn l1_budget(file_len: u64) -> u64 {
     file_len.saturating_mul(2).saturating_add(2 * MAX_L1_SIZE).min(L1_BYTES_MAX)
+}
+
+/// An L2 table that was examined.
+pub(super) struct Seen {
+    clean: bool,
+    /// How many references to it are still to be followed.
+    times: u64,
+}
+
+impl Seen {
+    /// Nothing is left to be followed.
+    pub(super) fn new(clean: bool) -> Seen {
+        Seen { clean, times: 0 }
+    }
+
+    /// Nothing was wrong with it.
+    pub(super) fn is_clean(&self) -> bool {
+        self.clean
+    }
 }
 
 /// What an L2 entry is, as far as counting goes.
@@ -73,6 +93,7 @@ impl Check<'_> {
     pub(super) async fn count_references(&mut self, fix: Fix) -> Result<(), Errno> {
         self.refs.clear();
         self.shared.clear();
+        self.patience = PATIENCE;
         self.l1_budget = l1_budget(self.disk.len());
         // Also here, because a second walk counts them a second time.
         self.report.allocated_clusters = 0;
@@ -159,20 +180,19 @@ impl Check<'_> {
     }
 
     async fn visit_l2(&mut self, offset: u64, active: bool, fix: Fix) -> Result<(), Errno> {
-        // The active table's own clusters are counted for the statistics each time.
-        if !active && let Some(times) = self.shared.get_mut(&offset) {
-            *times += 1;
-            return Ok(());
+        if let Some(seen) = self.shared.get_mut(&offset) {
+            // Faults are told, and the active table's clusters counted for the statistics, each time.
+            let again = (active || !seen.clean) && self.patience >= self.g.l2_entries();
+            if !again {
+                seen.times += 1;
+                return Ok(());
+            }
+            self.patience -= self.g.l2_entries();
         }
         let before = (self.report.corruptions, self.report.corruptions_fixed);
         self.walk_l2(Table { offset, active, fix, next: 0 }).await?;
-        if before == (self.report.corruptions, self.report.corruptions_fixed) {
-            self.shared.entry(offset).or_insert(0);
-        } else if self.patience > 0 {
-            self.patience -= 1;
-        } else {
-            self.shared.entry(offset).or_insert(0);
-        }
+        let clean = before == (self.report.corruptions, self.report.corruptions_fixed);
+        self.shared.entry(offset).or_insert(Seen::new(clean));
         Ok(())
     }
 
@@ -341,7 +361,8 @@ impl Check<'_> {
 
     /// Adds the references of tables that were met more than once.
     async fn add_shared(&mut self) -> Result<(), Errno> {
-        let mut shared: Vec<_> = self.shared.drain().filter(|(_, times)| *times > 0).collect();
+        let seen = self.shared.drain().map(|(offset, seen)| (offset, seen.times));
+        let mut shared: Vec<_> = seen.filter(|(_, times)| *times > 0).collect();
         shared.sort_unstable();
         for (offset, times) in shared {
             let words = self.read_l2(offset).await?;
