@@ -19,7 +19,7 @@ use crate::error::Errno;
 
 /// How many entries of tables that were met before are examined again: seconds, where a hostile L1 table that names one L2
 /// table four million times would take hours.
-pub(super) const PATIENCE: u64 = 1 << 26;
+pub(super) const PATIENCE: u64 = 1 << 22;
 /// The most bytes of L1 tables that are walked, whatever the file's length: a thousand snapshots of 64 TiB disks.
 const L1_BYTES_MAX: u64 = 1 << 30;
 
