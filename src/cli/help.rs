@@ -22,6 +22,7 @@ pub const CAPABILITIES: &str = r#"{
 
 /// The help.
 pub const HELP: &str = r#"Usage: vhost-user-blk [options]
+       vhost-user-blk check [-r leaks|all] [options] IMAGE      (see check --help)
 Serves disk images to virtual machines over vhost-user. Takes the command line of
 qemu-storage-daemon, processed in order; long options may have one dash or two.
 

@@ -9,6 +9,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod daemon;
 pub mod exports;
 pub mod getopt;
@@ -51,6 +52,11 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
         .skip(1)
         .map(|arg| arg.into_string().map_err(|arg| err!("{}: not valid UTF-8", arg.display())))
         .collect::<Result<Vec<_>>>()?;
+    if let Some((first, rest)) = args.split_first()
+        && first == check::COMMAND
+    {
+        return Ok(check::main(rest));
+    }
     let settings = match Plan::read(&args)? {
         Plan::Print(text) => return print(&text),
         Plan::Serve(settings) => settings,

@@ -7,7 +7,9 @@ mod arena;
 // Dirty slices and changed entries are the write path's side of the cache; its tests use them already.
 #[allow(dead_code)]
 mod cache;
+pub mod check;
 mod compressed;
+pub mod create;
 mod extension;
 mod features;
 mod flight;
