@@ -51,6 +51,9 @@
 //! Imports point downwards in this list reversed: nothing imports upward. `mem::sg` is below `rt`, which only needs it to
 //! name memory.
 //!
+//! The driver `qcow2` reads images and does not write them yet; [`block::drivers::qcow2`] says what is there for the write
+//! path. `sim` (tests only) is the simulated disk that it will be proven on.
+//!
 //! # What must hold
 //!
 //! 1. A byte of guest memory is touched only between taking a chain and publishing its used element; a stopped ring,
