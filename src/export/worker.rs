@@ -9,6 +9,7 @@ use std::cell::RefCell;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,11 @@ const IN_FLIGHT_MAX: usize = 4096;
 const SLOW_BYTES_MAX: usize = 64 << 20;
 /// Tasks polled per turn: rings and completions get their turn, too.
 const TASKS_PER_TURN: usize = 128;
+/// Workers of this process that do not sleep.
+static AWAKE: AtomicUsize = AtomicUsize::new(0);
+/// Where workers occupy all processors, a spin that lasts this long lets others have its own in between (`contrib/bench`,
+/// case `null-4q`). Never elsewhere: a thread that yields may be moved to where its guest runs (case `null-d1-event`).
+const YIELD_AFTER: Duration = Duration::from_micros(2);
 /// How long a ring without a kick descriptor is left alone at most.
 const POLLED_RING_PAUSE: Duration = Duration::from_micros(100);
 
@@ -51,6 +57,8 @@ struct Worker {
     rt: Installed,
     queues: Vec<Queue>,
     policy: Policy,
+    /// Of the machine.
+    processors: usize,
     events: Vec<Event>,
     done: Done,
     /// The weight of all slow-lane requests.
@@ -82,17 +90,20 @@ pub fn run(poll_max_ns: u64, ready: &SyncSender<Result<Arc<Inbox>, Errno>>) {
         rt,
         queues: Vec::new(),
         policy: Policy::new(poll_max_ns),
+        processors: std::thread::available_parallelism().map_or(1, usize::from),
         events: Vec::with_capacity(1024),
         done: Rc::default(),
         slow_bytes: 0,
         new_memory: None,
         quit: false,
     };
+    AWAKE.fetch_add(1, Ordering::Relaxed);
     while !worker.quit {
         if !worker.turn() {
             worker.idle();
         }
     }
+    AWAKE.fetch_sub(1, Ordering::Relaxed);
 }
 
 impl Worker {
@@ -276,11 +287,17 @@ impl Worker {
                 std::hint::spin_loop();
             }
             elapsed = start.elapsed();
+            if elapsed >= YIELD_AFTER && AWAKE.load(Ordering::Relaxed) >= self.processors {
+                // Who should give us work may be waiting for this very processor.
+                std::thread::yield_now();
+            }
         }
         self.queues.iter_mut().for_each(|q| q.arm());
         if !self.has_input() {
             let polled = self.queues.iter().any(|q| q.watch.is_none());
+            AWAKE.fetch_sub(1, Ordering::Relaxed);
             self.rt.wait_at_most(polled.then_some(POLLED_RING_PAUSE));
+            AWAKE.fetch_add(1, Ordering::Relaxed);
         }
         self.queues.iter_mut().for_each(|q| q.disarm());
         self.policy.observe(nanos(start.elapsed()), in_flight, true);

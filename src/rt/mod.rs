@@ -31,6 +31,7 @@ mod buf;
 mod calls;
 mod epoll;
 mod executor;
+pub mod grace;
 mod inline;
 mod mailbox;
 pub mod poll;
