@@ -166,19 +166,24 @@ pub struct Limits {
     pub physical_block: u32,
 }
 
+impl Limits {
+    /// No limits, nothing known: what a driver without any answers.
+    pub const NONE: Limits = Limits {
+        request_align: 1,
+        mem_align: 1,
+        max_transfer: 0,
+        max_iov: 1024,
+        discard_align: 1,
+        max_discard: 0,
+        zeroes_align: 1,
+        max_zeroes: 0,
+        opt_transfer: 0,
+        physical_block: 0,
+    };
+}
+
 impl Default for Limits {
     fn default() -> Self {
-        Limits {
-            request_align: 1,
-            mem_align: 1,
-            max_transfer: 0,
-            max_iov: 1024,
-            discard_align: 1,
-            max_discard: 0,
-            zeroes_align: 1,
-            max_zeroes: 0,
-            opt_transfer: 0,
-            physical_block: 0,
-        }
+        Limits::NONE
     }
 }

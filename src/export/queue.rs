@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
 use super::Shared;
-use super::request::{Action, Disk, Slot, Slow};
+use super::request::{Action, Disk, Slot, Slow, bytes};
 use crate::block::io::aligned_for;
 use crate::block::{Dir, Map};
 use crate::error::Errno;
@@ -178,7 +178,7 @@ impl Queue {
     ) -> bool {
         let slot = &mut self.slots[usize::from(head)];
         let data = slot.data(write);
-        let len: u64 = data.iter().map(|v| v.len() as u64).sum();
+        let len = bytes(data);
         // The kernel answers with 31 bits; what is longer is split in the slow lane.
         let Ok(expected) = i32::try_from(len) else { return false };
         let dir = if write { Dir::Write } else { Dir::Read };
@@ -211,7 +211,7 @@ impl Queue {
             Action::Transfer { .. } => slot.data(write).to_vec(),
             _ => Vec::new(),
         };
-        slot.doing = action.describe(iov.iter().map(|v| v.len() as u64).sum());
+        slot.doing = action.describe(bytes(&iov));
         Slow {
             root: Arc::clone(&self.shared.root),
             map: Arc::clone(self.ring.map()),

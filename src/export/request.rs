@@ -12,7 +12,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
-use crate::block::io::BOUNCE_MAX as BOUNCE;
+use crate::block::io::BOUNCE_MAX;
 use crate::block::{Node, Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
 use crate::mem::{GuestMap, IoVec, Sg};
@@ -21,9 +21,6 @@ use crate::virtio::blk::{
     Segment, Status, ZEROES_SECTORS_MAX, ZEROES_SEGMENTS_MAX,
 };
 use crate::virtio::ring::Chain;
-
-/// The most memory that one request takes, beside the guest's.
-const BOUNCE_MAX: usize = BOUNCE as usize;
 
 /// What a request asks for, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,7 +126,7 @@ impl Slot {
     /// A reason, if there is no status byte to answer with.
     pub fn parse(&mut self, disk: &Disk<'_>) -> Result<Action, &'static str> {
         self.first = 0;
-        let total: u64 = self.chain.iov.iter().map(|v| v.len() as u64).sum();
+        let total = bytes(&self.chain.iov);
         self.used_len = u32::try_from(self.chain.writable_len()).unwrap_or(u32::MAX);
         self.status = self.cut_status();
         if self.status.is_none() {
@@ -197,7 +194,7 @@ impl Slot {
     }
 
     fn check_transfer(&self, header: Header, disk: &Disk<'_>, write: bool) -> Action {
-        let len: u64 = self.data(write).iter().map(|v| v.len() as u64).sum();
+        let len = bytes(self.data(write));
         match blk::byte_range(header.sector, len, disk.capacity, disk.block) {
             Some(_) if len == 0 => Action::Finished(Status::Ok),
             Some(offset) => Action::Transfer { write, offset },
@@ -256,6 +253,11 @@ impl Slot {
     }
 }
 
+/// The length of all ranges together, in bytes.
+pub fn bytes(iov: &[IoVec]) -> u64 {
+    iov.iter().map(|v| v.len() as u64).sum()
+}
+
 /// A request for the slow lane: owns what it needs, the guest's memory map above all.
 pub struct Slow {
     /// The root node.
@@ -273,11 +275,9 @@ pub struct Slow {
 
 impl Slow {
     /// The memory it may need for bounce buffers and the like, in bytes: workers bound the sum.
-    pub fn weight(&self) -> usize {
+    pub fn weight(&self) -> u64 {
         match self.action {
-            Action::Transfer { .. } => {
-                self.iov.iter().map(IoVec::len).sum::<usize>().min(BOUNCE_MAX)
-            }
+            Action::Transfer { .. } => bytes(&self.iov).min(BOUNCE_MAX),
             Action::Ranges { .. } => BOUNCE_MAX,
             Action::Flush | Action::Finished(_) => 0,
         }

@@ -23,7 +23,7 @@ use crate::rt::{Event, Inbox, Installed, Runtime, WaitKind, best_wait_kind};
 /// Requests of one worker in the kernel at once; more wait in their rings.
 const IN_FLIGHT_MAX: usize = 4096;
 /// Memory that one worker's slow-lane requests may take for bounce buffers, in bytes; more requests wait in their rings.
-const SLOW_BYTES_MAX: usize = 64 << 20;
+const SLOW_BYTES_MAX: u64 = 64 << 20;
 /// Tasks polled per turn: rings and completions get their turn, too.
 const TASKS_PER_TURN: usize = 128;
 /// Workers of this process that do not sleep.
@@ -51,7 +51,7 @@ pub enum Command {
 }
 
 /// Results of slow-lane tasks: token payload, weight and result.
-type Done = Rc<RefCell<Vec<(u64, usize, Result<(), Errno>)>>>;
+type Done = Rc<RefCell<Vec<(u64, u64, Result<(), Errno>)>>>;
 
 struct Worker {
     rt: Installed,
@@ -62,7 +62,7 @@ struct Worker {
     events: Vec<Event>,
     done: Done,
     /// The weight of all slow-lane requests.
-    slow_bytes: usize,
+    slow_bytes: u64,
     new_memory: Option<(Arc<GuestMap>, SyncSender<()>)>,
     quit: bool,
 }
@@ -167,7 +167,7 @@ impl Worker {
             let Event::Done(token, result) = event else { continue };
             progress = true;
             let (index, head) = from_payload(token);
-            if let Some(q) = self.queues.iter_mut().find(|q| q.index == index)
+            if let Some(q) = queue(&mut self.queues, index)
                 && let Some(slow) = q.fast_done(head, result)
             {
                 self.slow_bytes += slow.weight();
@@ -178,7 +178,7 @@ impl Worker {
             progress = true;
             self.slow_bytes -= weight;
             let (index, head) = from_payload(token);
-            if let Some(q) = self.queues.iter_mut().find(|q| q.index == index) {
+            if let Some(q) = queue(&mut self.queues, index) {
                 q.slow_done(head, result);
             }
         }
@@ -199,7 +199,6 @@ impl Worker {
     }
 
     fn command(&mut self, command: Command) {
-        let queue = |queues: &mut Vec<Queue>, i| queues.iter_mut().position(|q| q.index == i);
         match command {
             Command::Start(mut q, done) => {
                 q.watch = q.kick_fd().and_then(|fd| self.watch(fd, q.index));
@@ -208,19 +207,19 @@ impl Worker {
                 drop(done);
             }
             Command::Stop(i, answer) => {
-                if let Some(at) = queue(&mut self.queues, i) {
-                    self.queues[at].stop(answer);
+                if let Some(q) = queue(&mut self.queues, i) {
+                    q.stop(answer);
                 }
             }
             Command::SetCall(i, fd, done) => {
-                if let Some(at) = queue(&mut self.queues, i) {
-                    self.queues[at].set_call(fd);
+                if let Some(q) = queue(&mut self.queues, i) {
+                    q.set_call(fd);
                 }
                 drop(done);
             }
             Command::SetErr(i, fd, done) => {
-                if let Some(at) = queue(&mut self.queues, i) {
-                    self.queues[at].set_err(fd);
+                if let Some(q) = queue(&mut self.queues, i) {
+                    q.set_err(fd);
                 }
                 drop(done);
             }
@@ -307,6 +306,11 @@ impl Worker {
     fn has_input(&self) -> bool {
         (self.queues.iter().any(Queue::has_avail) && self.has_room()) || self.rt.has_work()
     }
+}
+
+/// The queue of index `index`, if this worker serves it.
+fn queue(queues: &mut [Queue], index: u16) -> Option<&mut Queue> {
+    queues.iter_mut().find(|q| q.index == index)
 }
 
 fn spawn(rt: &Runtime, done: &Done, token: u64, slow: Slow) {

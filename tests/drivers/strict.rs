@@ -30,7 +30,7 @@ static DRIVERS: &[&DriverDef] = &[&STRICT];
 /// What a strict disk asks for; each row has a chance to be the first to find something.
 pub const LIMITS: &[Limits] = &[
     // Nothing in particular.
-    Limits { ..BASE },
+    Limits { ..Limits::NONE },
     // Everything at once.
     Limits {
         request_align: 512,
@@ -41,7 +41,7 @@ pub const LIMITS: &[Limits] = &[
         max_discard: 50_000,
         zeroes_align: 1024,
         max_zeroes: 70_000,
-        ..BASE
+        ..Limits::NONE
     },
     // A medium with large blocks.
     Limits {
@@ -49,24 +49,11 @@ pub const LIMITS: &[Limits] = &[
         mem_align: 4096,
         discard_align: 65536,
         max_zeroes: 1 << 20,
-        ..BASE
+        ..Limits::NONE
     },
     // Zeroes finer than blocks; single blocks only.
-    Limits { request_align: 2048, zeroes_align: 1, max_transfer: 2048, max_iov: 1, ..BASE },
+    Limits { request_align: 2048, zeroes_align: 1, max_transfer: 2048, max_iov: 1, ..Limits::NONE },
 ];
-
-const BASE: Limits = Limits {
-    request_align: 1,
-    mem_align: 1,
-    max_transfer: 0,
-    max_iov: 1024,
-    discard_align: 1,
-    max_discard: 0,
-    zeroes_align: 1,
-    max_zeroes: 0,
-    opt_transfer: 0,
-    physical_block: 0,
-};
 
 struct Strict {
     bytes: Mutex<Vec<u8>>,
