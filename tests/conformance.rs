@@ -329,3 +329,29 @@ fn writes_in_the_same_block_keep_out_of_each_others_way() {
         }
     }
 }
+
+/// Two guests that share a disk through nodes of their own write different sectors of the same block of the medium.
+#[test]
+fn raw_nodes_over_one_disk_keep_each_others_sectors() {
+    // The row of a medium with blocks of 4 KiB.
+    let (_graph, raws) = strict::two_raws(2, 64 << 10);
+    rt::block_on(async {
+        for (node, sector) in raws.iter().zip(0u8..) {
+            let node = Arc::clone(node);
+            rt::current().spawn(async move {
+                let mut buffer = Buffer::new(512, 512);
+                buffer.bytes_mut().fill(sector + 1);
+                let (iov, flags) = ([buffer.iovec()], WriteFlags::empty());
+                let (offset, from) = (u64::from(sector) * 512, Sg::new(&iov));
+                node.submit(Op::Write { offset, from, flags }).await.unwrap();
+            });
+        }
+    });
+    rt::block_on(async {
+        let buffer = Buffer::new(1024, 512);
+        let iov = [buffer.iovec()];
+        raws[0].submit(Op::Read { offset: 0, to: Sg::new(&iov) }).await.unwrap();
+        assert!(buffer.bytes()[..512].iter().all(|b| *b == 1), "the first sector");
+        assert!(buffer.bytes()[512..].iter().all(|b| *b == 2), "the second sector");
+    });
+}

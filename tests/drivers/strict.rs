@@ -2,13 +2,14 @@
 //! its bytes in memory, and lets others run in the middle of each request.
 
 use std::future::poll_fn;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::task::Poll;
 
 use serde_json::{Value, json};
+use vhost_user_blk::block::drivers::TABLE;
 use vhost_user_blk::block::perm::{Perms, default_child_perms};
 use vhost_user_blk::block::{
-    Driver, DriverDef, DriverKind, Graph, IoFuture, Limits, Op, OpenArgs, ZeroFlags,
+    Driver, DriverDef, DriverKind, Graph, IoFuture, Limits, Node, Op, OpenArgs, ZeroFlags,
 };
 use vhost_user_blk::error::{Errno, Result};
 use vhost_user_blk::mem::Sg;
@@ -82,6 +83,26 @@ pub fn disk(row: usize, len: u64, no_zeroes: bool) -> Disk {
     let node = graph.add(options).expect("it opens");
     let user = graph.attach_root(&node, "the test", Perms::device(true)).expect("nobody else");
     Disk::new(Setup::new(Layout::File, "none", false), 0, node, user, graph)
+}
+
+/// Two `raw` nodes, both writable, over one strict disk of `len` bytes with the limits of row `row`.
+pub fn two_raws(row: usize, len: u64) -> (Arc<Graph>, [Arc<Node>; 2]) {
+    let raw = TABLE.iter().find(|def| def.name == "raw").expect("there is raw");
+    let graph = Graph::with_drivers(Box::leak(Box::new([&STRICT, *raw])));
+    let add = |options: Value| {
+        let Value::Object(options) = options else { unreachable!() };
+        graph.add(options).expect("it opens")
+    };
+    add(json!({"driver": "strict", "node-name": "s", "size": len, "row": row, "no-zeroes": false}));
+    let raws = ["a", "b"].map(|name| add(json!({"driver": "raw", "node-name": name, "file": "s"})));
+    for raw in &raws {
+        // The users live as long as the graph: nobody asks for them again.
+        std::mem::forget(
+            graph.attach_root(raw, "the test", Perms::device(true)).expect("they share"),
+        );
+        raw.expect_ragged_writes(512);
+    }
+    (graph, raws)
 }
 
 async fn let_others_run() {
