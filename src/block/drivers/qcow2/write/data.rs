@@ -1,0 +1,228 @@
+//! Guest writes: in place, or into clusters that get new entries.
+#![forbid(unsafe_code)]
+
+use std::future::poll_fn;
+use std::task::Poll;
+
+use super::Writing;
+use super::limbo::Freed;
+use super::mutation::{Mutation, broken};
+use super::plan::{Fill, Need, Pad, Plan};
+use crate::block::drivers::qcow2::Image;
+use crate::block::drivers::qcow2::layout::GuestOffset;
+use crate::block::walk::{self, Crew};
+use crate::block::{Op, WriteFlags};
+use crate::error::Errno;
+use crate::mem::{IoVec, Sg};
+use crate::rt::{Buffer, grace};
+
+/// The most bytes of one [`Fill`]: its padding is in memory.
+const FILL_MAX: u64 = 4 << 20;
+
+impl Image {
+    /// Writes `from` at guest byte `offset`.
+    ///
+    /// # Errors
+    /// What the files say; EIO for a corrupt image; ENOSPC.
+    pub async fn write(
+        &self,
+        w: &Writing,
+        offset: u64,
+        from: Sg<'_>,
+        flags: WriteFlags,
+    ) -> Result<(), Errno> {
+        let mut crew = Crew::default();
+        let mut done = 0;
+        while done < from.len() {
+            // From the look at the entry to the end of the write nobody uses the cluster again.
+            let pin = grace::enter(&w.grace);
+            let at = GuestOffset(offset + done as u64);
+            let rest = from.slice(done, from.len() - done);
+            let planned = crew.meanwhile(Box::pin(self.planned(w, at, rest.len() as u64))).await;
+            match planned {
+                Ok(Plan::InPlace { host, len }) => {
+                    let n = usize::try_from(len).map_err(|_| Errno::EIO)?;
+                    let piece = rest.slice(0, n);
+                    done += n;
+                    if done == from.len() && crew.is_idle() {
+                        // The usual case: all of it in one piece.
+                        return self.overwrite(w, (host.0, piece), flags, pin).await;
+                    }
+                    let no_flags = WriteFlags::empty();
+                    crew.add(Box::pin(self.overwrite(w, (host.0, piece), no_flags, pin))).await;
+                }
+                Ok(Plan::Fill(fill)) => {
+                    drop(pin);
+                    let n = usize::try_from(fill.data.end - fill.data.start)
+                        .map_err(|_| Errno::EIO)?;
+                    done += n;
+                    crew.add(Box::pin(self.fill(w, *fill, rest.slice(0, n)))).await;
+                }
+                Ok(Plan::Wait | Plan::Needs(_)) => unreachable!("`planned` sees to them"),
+                Err(e) => {
+                    crew.failed(e);
+                    break;
+                }
+            }
+        }
+        crew.finish().await?;
+        self.stable(flags.contains(WriteFlags::FUA)).await
+    }
+
+    /// Makes everything stable if `fua`.
+    pub async fn stable(&self, fua: bool) -> Result<(), Errno> {
+        if fua && !broken(Mutation::NoFlushForFua) { self.flush().await } else { Ok(()) }
+    }
+
+    async fn overwrite(
+        &self,
+        w: &Writing,
+        (host, from): (u64, Sg<'_>),
+        flags: WriteFlags,
+        _pin: grace::Pin,
+    ) -> Result<(), Errno> {
+        let fua = flags.contains(WriteFlags::FUA);
+        // The entry itself may not be on disk yet: then a flush of everything is needed.
+        let alone = fua && w.is_stable();
+        let flags = if alone { flags } else { flags - WriteFlags::FUA };
+        self.data().submit(Op::Write { offset: host, from, flags }).await?;
+        self.stable(fua && !alone).await
+    }
+
+    /// A plan that can be carried out.
+    async fn planned(&self, w: &Writing, at: GuestOffset, len: u64) -> Result<Plan, Errno> {
+        loop {
+            let plan = poll_fn(|cx| match self.plan(w, at, len.min(FILL_MAX), cx.waker()) {
+                Plan::Wait => Poll::Pending,
+                plan => Poll::Ready(plan),
+            });
+            match plan.await {
+                Plan::Needs(need) => self.get(w, need, at).await?,
+                plan => return Ok(plan),
+            }
+        }
+    }
+
+    /// Gets what planning a change at `at` needs.
+    ///
+    /// # Errors
+    /// It cannot be had.
+    pub async fn get(&self, w: &Writing, need: Need, at: GuestOffset) -> Result<(), Errno> {
+        match need {
+            Need::Table(l1_index) => self.own_table(w, l1_index, at).await,
+            Need::Slice => self.cached_slice(at).await,
+            Need::Allocator(blocked) => self.unblock(w, blocked).await,
+            Need::BadTable(bad, l1_index) => Err(self.corrupt_table(bad, l1_index)),
+            Need::BadEntry(bad, start) => Err(self.corrupt_entry(bad, start)),
+            Need::Overlap(host) => Err(self.overlap(w, host).await),
+        }
+    }
+
+    /// Writes the data of a fill and what is around it, and links it.
+    async fn fill(&self, w: &Writing, fill: Fill, from: Sg<'_>) -> Result<(), Errno> {
+        if broken(Mutation::LinkBeforeData) {
+            self.link(w, &fill).await?;
+        }
+        let mut result = self.write_fill(w, &fill, from).await;
+        if result.is_ok() || broken(Mutation::LinkFailedWrites) {
+            result = result.and(self.link(w, &fill).await);
+        }
+        if result.is_err() {
+            self.abandon(w, &fill);
+        }
+        result
+    }
+
+    async fn write_fill(&self, w: &Writing, fill: &Fill, from: Sg<'_>) -> Result<(), Errno> {
+        let cluster_start = fill.first << self.geometry.cluster_bits;
+        let host = fill.host.plus(fill.write.start - cluster_start).0;
+        let len = fill.write.end - fill.write.start;
+        if fill.allocated.is_some() {
+            self.grow_to(w, fill.host.plus(fill.count << self.geometry.cluster_bits).0).await?;
+        }
+        let pads = self.pads(fill).await?;
+        let part = |from: u64, to: u64| -> Option<IoVec> {
+            let skip = usize::try_from(from - fill.write.start).ok()?;
+            let len = usize::try_from(to - from).ok()?;
+            pads.as_ref().map(|buffer| buffer.iovec().part(skip, len))
+        };
+        let mut iov = Vec::with_capacity(4);
+        let mut at = fill.data.start;
+        if fill.head != Pad::Nothing {
+            iov.extend(part(fill.write.start, fill.data.start));
+            at = fill.write.start;
+        }
+        iov.extend(from.iter());
+        if fill.tail != Pad::Nothing {
+            iov.extend(part(fill.data.end, fill.write.end));
+        }
+        let offset = host + (at - fill.write.start);
+        debug_assert!(Sg::new(&iov).len() as u64 <= len, "a fill writes no more than it said");
+        // Here LUKS encrypts: data and padding, by `offset`.
+        let op = Op::Write { offset, from: Sg::new(&iov), flags: WriteFlags::empty() };
+        self.data().submit(op).await
+    }
+
+    /// A buffer for all that a fill writes, with what is around the data in it; zeroes at least.
+    async fn pads(&self, fill: &Fill) -> Result<Option<Buffer>, Errno> {
+        if (fill.head, fill.tail) == (Pad::Nothing, Pad::Nothing) {
+            return Ok(None);
+        }
+        let len = usize::try_from(fill.write.end - fill.write.start).map_err(|_| Errno::EIO)?;
+        let align = self.data().driver().limits().mem_align.max(512) as usize;
+        let buffer = Buffer::new(len, align);
+        let mut read = Vec::with_capacity(2);
+        if fill.head == Pad::Copy {
+            read.push(fill.write.start..fill.data.start);
+        }
+        if fill.tail == Pad::Copy {
+            read.push(fill.data.end..fill.write.end);
+        }
+        if let [head, tail] = &read[..]
+            && tail.start - head.end <= (tail.end - tail.start).max(head.end - head.start)
+        {
+            // One read is cheaper than two.
+            read = vec![head.start..tail.end];
+        }
+        for range in read {
+            let skip = usize::try_from(range.start - fill.write.start).map_err(|_| Errno::EIO)?;
+            let n = usize::try_from(range.end - range.start).map_err(|_| Errno::EIO)?;
+            let iov = [buffer.iovec().part(skip, n)];
+            walk::read(self, range.start, Sg::new(&iov)).await?;
+        }
+        Ok(Some(buffer))
+    }
+
+    /// Lets the new entries be seen.
+    async fn link(&self, w: &Writing, fill: &Fill) -> Result<(), Errno> {
+        let start = GuestOffset(fill.first << self.geometry.cluster_bits);
+        let (slice, index) = self.slice_of(start);
+        loop {
+            let mut meta = w.lock();
+            self.touch(w);
+            if self.cache.store(slice, index, &fill.entries) {
+                Self::let_go(w, &mut meta, &fill.freed);
+                let waiting = meta.busy.end(fill.first);
+                drop(meta);
+                waiting.into_iter().for_each(std::task::Waker::wake);
+                return Ok(());
+            }
+            drop(meta);
+            // Evicted meanwhile.
+            self.cached_slice(start).await?;
+        }
+    }
+
+    /// Takes back what was planned: nobody has seen it.
+    fn abandon(&self, w: &Writing, fill: &Fill) {
+        let mut meta = w.lock();
+        if let Some(run) = &fill.allocated {
+            let freed = (run.first..run.first + run.count)
+                .map(|cluster| Freed { cluster, discard: false });
+            meta.limbo.push_ready(freed);
+        }
+        let waiting = meta.busy.end(fill.first);
+        drop(meta);
+        waiting.into_iter().for_each(std::task::Waker::wake);
+    }
+}

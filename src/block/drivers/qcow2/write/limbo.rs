@@ -1,0 +1,76 @@
+//! Clusters that no entry in memory refers to any more, on their way to be free.
+//!
+//! A cluster taken out of an entry may not be used again before two things have happened:
+//! * the entry without it is on disk, or a power cut would bring the old entry back, over somebody else's data;
+//! * every request that looked the cluster up before has ended, or it would read, or write, somebody else's data.
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+
+use super::mutation::{Mutation, broken};
+use crate::rt::grace::{Domain, Tag};
+
+/// One reference to a host cluster that is to be dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Freed {
+    /// The host cluster.
+    pub cluster: u64,
+    /// The file may forget its content before the cluster is used again (`pass-discard-*`).
+    pub discard: bool,
+}
+
+#[derive(Default)]
+pub struct Limbo {
+    /// With the flush that takes the entry without it to disk, and the time after which nobody uses it.
+    waiting: VecDeque<(u64, Tag, Freed)>,
+    /// Was never in an entry (a write that failed), or has waited long enough but could not be released yet.
+    ready: Vec<Freed>,
+    /// The number of the next flush.
+    generation: u64,
+    /// Everything up to this flush is on disk.
+    settled: Option<u64>,
+}
+
+impl Limbo {
+    /// A reference that an entry in memory has just lost; `tag` was taken after that.
+    pub fn push(&mut self, freed: Freed, tag: Tag) {
+        self.waiting.push_back((self.generation, tag, freed));
+    }
+
+    /// References that nobody has ever seen, or whose wait is over.
+    pub fn push_ready(&mut self, freed: impl IntoIterator<Item = Freed>) {
+        self.ready.extend(freed);
+    }
+
+    /// A flush takes its copies now; what is pushed later belongs to the next one. Answers its number.
+    pub fn begin_flush(&mut self) -> u64 {
+        self.generation += 1;
+        self.generation - 1
+    }
+
+    /// The flush of that number has succeeded.
+    pub fn settle(&mut self, flush: u64) {
+        self.settled = Some(flush);
+    }
+
+    /// Takes out what may be used again.
+    pub fn take(&mut self, grace: &Domain) -> Vec<Freed> {
+        let mut taken = std::mem::take(&mut self.ready);
+        while let Some((flush, tag, freed)) = self.waiting.front() {
+            let on_disk =
+                self.settled.is_some_and(|s| *flush <= s) || broken(Mutation::ReuseBeforeFlush);
+            let unused = broken(Mutation::ReuseInUse) || grace.passed(*tag);
+            if !on_disk || !unused {
+                break;
+            }
+            taken.push(*freed);
+            self.waiting.pop_front();
+        }
+        taken
+    }
+
+    /// Whether anything is on its way.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty() && self.ready.is_empty()
+    }
+}

@@ -1,0 +1,197 @@
+//! The write path: what a writable image has besides its tables, and who does what.
+//!
+//! ```text
+//!   Write ──► plan (Meta lock, microseconds) ──► in place ─────────────────► data file
+//!                │                          └──► fill: old content + data ──► data file ──► link (Meta lock)
+//!                ├─► busy: wait                                                               │
+//!                ├─► no table, a shared table: tables.rs                         entries, dirty slices, limbo
+//!                └─► refcount block, space: space.rs                                          │
+//!   WriteZeroes, Discard ──► zero.rs: entries only ───────────────────────────────────────────┤
+//!   Flush, upkeep, close ──► flush.rs: copies of all that is dirty, in the order of the rules ◄┘
+//! ```
+//!
+//! Invariants:
+//! * Who changes the entry of a cluster does so at once under the `Meta` lock, or holds the cluster in `busy` from the plan to
+//!   the link. Overwriting data in place changes no entry and holds nothing.
+//! * Between plan and link the clusters allocated have refcount 1 and no entry; if the write fails they go back.
+//! * Entries change in memory first; `flush.rs` alone writes them to disk.
+//! * `dirty` is set before an entry changes and cleared, under the lock, when all that is dirty has been written.
+//! * No lock is held across `.await`.
+#![forbid(unsafe_code)]
+
+pub mod busy;
+pub mod commit;
+mod data;
+mod flush;
+pub mod limbo;
+pub mod mutation;
+mod plan;
+mod space;
+pub mod streams;
+mod table;
+mod zero;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::Image;
+use super::flight::Flights;
+use super::header_io::HeaderIo;
+use super::layout::CompressedData;
+use super::refcount::Refcounts;
+use super::tables::Tables;
+use crate::block::upkeep::Upkeep;
+use crate::error::Errno;
+use crate::rt::grace::Domain;
+use busy::Busy;
+use commit::Commit;
+use limbo::{Freed, Limbo};
+use streams::Streams;
+
+/// How long entries stay in memory only, at most, unless the guest flushes before.
+pub const WRITE_BACK_AFTER: Duration = Duration::from_secs(5);
+
+/// What a writable image has besides its tables.
+pub struct Writing {
+    meta: Mutex<Meta>,
+    /// Where metadata is: nobody writes data there.
+    pub tables: Tables,
+    commit: Commit,
+    /// Refcount blocks being read, by their index in the refcount table.
+    blocks: Flights,
+    /// L2 tables being made, by their index in the L1 table.
+    l2_tables: Flights,
+    /// The image file being made longer (key 0).
+    growth: Flights,
+    /// The file cannot be made longer in advance: writes do so.
+    no_windows: AtomicBool,
+    pub grace: Arc<Domain>,
+    upkeep: Arc<Upkeep>,
+    /// Something in memory must be written for the image on disk to be what the guest sees.
+    dirty: AtomicBool,
+    /// The next flush writes refcounts, lazy or not.
+    refcounts_too: AtomicBool,
+    /// The incompatible feature bit "dirty" is on disk.
+    dirty_bit: AtomicBool,
+    /// The image contradicts itself: nobody may use it any more.
+    fenced: AtomicBool,
+    pub header: HeaderIo,
+}
+
+/// What the lock protects.
+struct Meta {
+    refcounts: Refcounts,
+    streams: Streams,
+    busy: Busy,
+    limbo: Limbo,
+    /// References released so far: who waits for space looks whether it grows.
+    released: u64,
+}
+
+impl Writing {
+    /// For an image whose tables have been read.
+    pub fn new(
+        refcounts: Refcounts,
+        tables: Tables,
+        header: HeaderIo,
+        cluster_bits: u32,
+        (grace, upkeep): (Arc<Domain>, Arc<Upkeep>),
+    ) -> Writing {
+        let meta = Meta {
+            refcounts,
+            streams: Streams::new(cluster_bits),
+            busy: Busy::default(),
+            limbo: Limbo::default(),
+            released: 0,
+        };
+        Writing {
+            meta: Mutex::new(meta),
+            tables,
+            commit: Commit::default(),
+            blocks: Flights::default(),
+            l2_tables: Flights::default(),
+            growth: Flights::default(),
+            no_windows: AtomicBool::new(false),
+            grace,
+            upkeep,
+            dirty: AtomicBool::new(false),
+            refcounts_too: AtomicBool::new(false),
+            dirty_bit: AtomicBool::new(false),
+            fenced: AtomicBool::new(false),
+            header,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Meta> {
+        self.meta.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the image on disk is what the guest sees, but for data in caches of the host.
+    pub fn is_stable(&self) -> bool {
+        !self.dirty.load(Ordering::Acquire)
+    }
+
+    /// Whether the image must not be used any more.
+    pub fn is_fenced(&self) -> bool {
+        self.fenced.load(Ordering::Relaxed)
+    }
+}
+
+impl Image {
+    /// To be called before an entry changes, under the lock.
+    fn touch(&self, w: &Writing) {
+        if !w.dirty.swap(true, Ordering::AcqRel) {
+            self.tend_later(w);
+        }
+    }
+
+    fn tend_later(&self, w: &Writing) {
+        w.upkeep.at(Instant::now() + WRITE_BACK_AFTER, self.me.clone());
+    }
+
+    /// The image contradicts itself in a way that writing would make worse: marks it, once, and lets nobody use it any more.
+    /// The text as QEMU's.
+    async fn fence(&self, w: &Writing, what: impl std::fmt::Display) -> Errno {
+        if !w.fenced.swap(true, Ordering::Relaxed) {
+            log::error!(
+                "qcow2: Marking image as corrupt: {what}; further corruption events will be suppressed"
+            );
+            if let Err(e) = w.header.mark_corrupt(self.file()).await {
+                log::error!("qcow2: Could not mark the image as corrupt: {e}");
+            }
+        }
+        Errno::EIO
+    }
+
+    /// Takes the table clusters that the allocator has made, or freed, since the last time.
+    fn note_tables(w: &Writing, meta: &mut Meta) {
+        for change in meta.refcounts.take_changes() {
+            if change.added {
+                w.tables.add(change.first, change.count);
+            } else {
+                w.tables.remove(change.first, change.count);
+            }
+        }
+    }
+
+    /// The host clusters that compressed data is in, each of them referred to once.
+    fn clusters_of(&self, data: CompressedData) -> impl Iterator<Item = u64> + use<> {
+        let first = self.geometry.host_cluster(data.offset);
+        first..=self.geometry.host_cluster(data.offset.plus(data.len - 1))
+    }
+
+    /// An entry in memory has just lost these references.
+    fn let_go(w: &Writing, meta: &mut Meta, freed: &[Freed]) {
+        if freed.is_empty() {
+            return;
+        }
+        if mutation::broken(mutation::Mutation::ReuseBeforeFlush)
+            && mutation::broken(mutation::Mutation::ReuseInUse)
+        {
+            unreachable!("one mistake at a time");
+        }
+        let tag = w.grace.tag();
+        freed.iter().for_each(|f| meta.limbo.push(*f, tag));
+    }
+}

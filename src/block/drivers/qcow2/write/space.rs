@@ -1,0 +1,263 @@
+//! What the allocator needs from the world: its blocks, room in its cache, free clusters, a longer file.
+#![forbid(unsafe_code)]
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::Writing;
+use super::limbo::Freed;
+use crate::block::drivers::qcow2::Image;
+use crate::block::drivers::qcow2::flight::Turn;
+use crate::block::drivers::qcow2::layout::HostOffset;
+use crate::block::drivers::qcow2::options::Overlap;
+use crate::block::drivers::qcow2::refcount::Blocked;
+use crate::block::{Op, ZeroFlags};
+use crate::error::Errno;
+use crate::mem::Sg;
+use crate::rt::{self, Buffer};
+
+/// By how much the file grows at a time: an eighth of its length between these, in bytes.
+const WINDOW_MIN: u64 = 1 << 20;
+const WINDOW_MAX: u64 = 64 << 20;
+/// Who finds no space while others still use clusters that were freed looks again after this time, this many times.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+const LOOKS: u32 = 500;
+
+impl Image {
+    /// Does what the allocator waits for.
+    ///
+    /// # Errors
+    /// ENOSPC; a block cannot be read; EIO for an image that contradicts itself.
+    pub async fn unblock(&self, w: &Writing, blocked: Blocked) -> Result<(), Errno> {
+        match blocked {
+            Blocked::Load { index, offset } => self.load_block(w, index, offset).await,
+            Blocked::CacheFull => self.flush_tables().await,
+            Blocked::NoSpace => self.make_room(w).await,
+            Blocked::Corrupt(damage) => Err(self.fence(w, damage).await),
+        }
+    }
+
+    async fn load_block(&self, w: &Writing, index: u64, offset: HostOffset) -> Result<(), Errno> {
+        loop {
+            // Nobody can say whether it has come meanwhile but the allocator, who will be asked again: one read too many is
+            // harmless.
+            let mut waited = false;
+            let look = || std::mem::replace(&mut waited, true).then_some(());
+            let flight = match w.blocks.turn(index, look).await {
+                Turn::Found(()) => return Ok(()),
+                Turn::Mine(flight) => flight,
+            };
+            let len = self.geometry.cluster_size();
+            if offset.0 + len > self.file().len() {
+                return Err(self.fence(w, format_args!(
+                    "Refcount block offset {:#x} beyond the end of the image file (reftable index: {index:#x})",
+                    offset.0
+                )).await);
+            }
+            let align = self.file().driver().limits().mem_align.max(512) as usize;
+            let buffer = Buffer::new(usize::try_from(len).map_err(|_| Errno::EIO)?, align);
+            let iov = [buffer.iovec()];
+            self.file().submit(Op::Read { offset: offset.0, to: Sg::new(&iov) }).await?;
+            let loaded = w.lock().refcounts.load(index, buffer.bytes());
+            drop(flight);
+            match loaded {
+                Ok(()) => return Ok(()),
+                Err(Blocked::CacheFull) => self.flush_tables().await?,
+                Err(Blocked::Corrupt(damage)) => return Err(self.fence(w, damage).await),
+                Err(_) => return Err(Errno::EIO),
+            }
+        }
+    }
+
+    /// No cluster is free: gets back what is set aside or on its way to be free.
+    async fn make_room(&self, w: &Writing) -> Result<(), Errno> {
+        let released = {
+            let mut meta = w.lock();
+            let meta = &mut *meta;
+            if meta.streams.close(&mut meta.refcounts) {
+                return Ok(());
+            }
+            meta.released
+        };
+        for _ in 0..LOOKS {
+            if w.lock().limbo.is_empty() {
+                break;
+            }
+            self.flush_tables().await?;
+            if w.lock().released != released {
+                return Ok(());
+            }
+            // Requests in flight still use them; their ends need no help from here.
+            rt::sleep(LOOK_AGAIN).await;
+        }
+        if w.lock().released != released { Ok(()) } else { Err(Errno::ENOSPC) }
+    }
+
+    /// Releases clusters whose time has come. What cannot be released now stays for the next time.
+    pub async fn reap(&self, w: &Writing) {
+        let freed = w.lock().limbo.take(&w.grace);
+        self.discard_freed(&freed).await;
+        let mut left = freed.into_iter().peekable();
+        while let Some(next) = left.peek().copied() {
+            let end = next.cluster + 1;
+            let bits = self.geometry.cluster_bits;
+            self.compressed.forget(next.cluster << bits, end << bits);
+            let result = {
+                let mut meta = w.lock();
+                let result = meta.refcounts.release(next.cluster);
+                if let Ok(count) = &result {
+                    meta.released += 1;
+                    if *count == 0 {
+                        // Whatever it was, it is no table now.
+                        w.tables.remove(next.cluster, 1);
+                    }
+                    self.touch_refcounts(w);
+                }
+                Self::note_tables(w, &mut meta);
+                result
+            };
+            let next_step = match result {
+                Ok(_) => {
+                    left.next();
+                    continue;
+                }
+                Err(Blocked::Load { index, offset }) => self.load_block_once(w, index, offset).await,
+                Err(Blocked::Corrupt(damage)) => {
+                    log::error!("qcow2: cannot free cluster {:#x}: {damage}", next.cluster << bits);
+                    left.next();
+                    continue;
+                }
+                Err(Blocked::CacheFull | Blocked::NoSpace) => Err(Errno::EIO),
+            };
+            if next_step.is_err() {
+                w.lock().limbo.push_ready(left);
+                return;
+            }
+        }
+    }
+
+    /// As [`Image::load_block`], but never waits for a flush: this may be the end of one.
+    async fn load_block_once(
+        &self,
+        w: &Writing,
+        index: u64,
+        offset: HostOffset,
+    ) -> Result<(), Errno> {
+        let len = self.geometry.cluster_size();
+        let align = self.file().driver().limits().mem_align.max(512) as usize;
+        let buffer = Buffer::new(usize::try_from(len).map_err(|_| Errno::EIO)?, align);
+        let iov = [buffer.iovec()];
+        self.file().submit(Op::Read { offset: offset.0, to: Sg::new(&iov) }).await?;
+        w.lock().refcounts.load(index, buffer.bytes()).map_err(|_| Errno::EIO)
+    }
+
+    /// Lets the file forget the content of clusters that nobody uses any more.
+    async fn discard_freed(&self, freed: &[Freed]) {
+        let mut clusters: Vec<u64> =
+            freed.iter().filter(|f| f.discard).map(|f| f.cluster).collect();
+        clusters.sort_unstable();
+        clusters.dedup();
+        // Only what nobody else refers to.
+        clusters.retain(|cluster| self.is_last_reference(*cluster));
+        let bits = self.geometry.cluster_bits;
+        let mut at = 0;
+        while at < clusters.len() {
+            let first = clusters[at];
+            let mut end = at + 1;
+            while end < clusters.len() && clusters[end] == first + (end - at) as u64 {
+                end += 1;
+            }
+            let (offset, len) = (first << bits, ((end - at) as u64) << bits);
+            let len = len.min(self.file().len().saturating_sub(offset));
+            // A hint: what fails is not forgotten, that is all.
+            if len > 0 {
+                let _ = self.file().submit(Op::Discard { offset, len }).await;
+            }
+            at = end;
+        }
+    }
+
+    fn is_last_reference(&self, cluster: u64) -> bool {
+        let Some(w) = &self.writing else { return false };
+        matches!(w.lock().refcounts.get(cluster), Ok(1))
+    }
+
+    /// Makes the file at least `end` bytes long, in large steps: writes inside of a file do not wait for each other.
+    ///
+    /// # Errors
+    /// ENOSPC and others.
+    pub async fn grow_to(&self, w: &Writing, end: u64) -> Result<(), Errno> {
+        let file = self.file();
+        let enough = || (end <= file.len()).then_some(());
+        let not_here = !file.driver().grows() || w.no_windows.load(Ordering::Relaxed);
+        if enough().is_some() || not_here {
+            return Ok(());
+        }
+        let _flight = match w.growth.turn(0, enough).await {
+            Turn::Found(()) => return Ok(()),
+            Turn::Mine(flight) => flight,
+        };
+        let len = file.len();
+        let window = (len / 8).clamp(WINDOW_MIN, WINDOW_MAX);
+        let flags = ZeroFlags::NO_FALLBACK;
+        let mut result = Ok(());
+        for to in [end.max((len + window).next_multiple_of(WINDOW_MIN)), end] {
+            result = file.submit(Op::WriteZeroes { offset: len, len: to - len, flags }).await;
+            match result {
+                Ok(()) => {
+                    w.grown.store(true, Ordering::Relaxed);
+                    break;
+                }
+                Err(Errno(libc::ENOSPC | libc::EDQUOT | libc::EFBIG)) => {}
+                Err(_) => break,
+            }
+        }
+        match result {
+            Err(Errno::ENOTSUP) => {
+                w.no_windows.store(true, Ordering::Relaxed);
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    /// Somebody's tables are where data, or another table, should go: the image is corrupt. QEMU's text.
+    pub async fn overlap(&self, w: &Writing, host: HostOffset) -> Errno {
+        let kind = self.kind_of_metadata(w, self.geometry.host_cluster(host));
+        let what = format!("Preventing invalid write on metadata (overlaps with {kind})");
+        self.fence(w, what).await
+    }
+
+    fn kind_of_metadata(&self, w: &Writing, cluster: u64) -> &'static str {
+        let g = &self.geometry;
+        let h = &self.header;
+        let within = |offset: HostOffset, bytes: u64| {
+            let first = g.host_cluster(offset);
+            bytes > 0 && (first..first + bytes.div_ceil(g.cluster_size())).contains(&cluster)
+        };
+        let (l1_offset, l1_len) = self.l1_place();
+        if cluster == 0 {
+            return Overlap::MAIN_HEADER.words();
+        }
+        if within(l1_offset, l1_len) {
+            return Overlap::ACTIVE_L1.words();
+        }
+        let at = cluster << g.cluster_bits;
+        let tables = (0..self.l1.len()).map(|i| self.l1.get(i));
+        if tables.into_iter().any(|e| e & super::super::layout::OFFSET_MASK == at) {
+            return Overlap::ACTIVE_L2.words();
+        }
+        match w.lock().refcounts.kind_of(cluster) {
+            Some(true) => return Overlap::REFCOUNT_TABLE.words(),
+            Some(false) => return Overlap::REFCOUNT_BLOCK.words(),
+            None => {}
+        }
+        if h.nb_snapshots > 0 && cluster == g.host_cluster(h.snapshots_offset) {
+            return Overlap::SNAPSHOT_TABLE.words();
+        }
+        w.other_tables
+            .iter()
+            .find(|(range, _)| range.contains(&cluster))
+            .map_or("metadata", |(_, kind)| kind.words())
+    }
+}

@@ -1,0 +1,162 @@
+//! L2 tables: a slice in the cache, a table where there is none, a table of one's own where it is shared.
+#![forbid(unsafe_code)]
+
+use super::Writing;
+use super::limbo::Freed;
+use super::mutation::{Mutation, broken};
+use crate::block::drivers::qcow2::Image;
+use crate::block::drivers::qcow2::flight::Turn;
+use crate::block::drivers::qcow2::layout::{GuestOffset, HostOffset, L1Entry};
+use crate::block::{Op, WriteFlags, ZeroFlags};
+use crate::error::Errno;
+use crate::mem::Sg;
+use crate::rt::Buffer;
+
+impl Image {
+    /// Sees to it that the slice of `guest` is in the cache, now.
+    ///
+    /// # Errors
+    /// Reading it, or writing others back to make room, fails.
+    pub async fn cached_slice(&self, guest: GuestOffset) -> Result<(), Errno> {
+        let (slice, index) = self.slice_of(guest);
+        loop {
+            let look = || self.cache.get(slice, index).map(drop);
+            let flight = match self.flights.turn(slice, look).await {
+                Turn::Found(()) => return Ok(()),
+                Turn::Mine(flight) => flight,
+            };
+            let bytes = self.read_slice(slice, guest).await?;
+            if self.cache.fill(slice, bytes.bytes()).is_ok() {
+                return Ok(());
+            }
+            drop(flight);
+            self.flush_tables().await?;
+        }
+    }
+
+    /// Sees to it that entry `l1_index` of the L1 table, `guest`'s, is an L2 table that nobody shares.
+    ///
+    /// A new table is all zeroes, on disk too, before the entry leads there. A shared one is copied: its entries stay as they
+    /// are (those of shared clusters have no COPIED flag), and so do the slices of it in the cache.
+    ///
+    /// # Errors
+    /// Reading or writing it fails, no space, a corrupt entry.
+    pub async fn own_table(
+        &self,
+        w: &Writing,
+        l1_index: u64,
+        guest: GuestOffset,
+    ) -> Result<(), Errno> {
+        let own = || match L1Entry::decode(self.l1.get(l1_index), &self.geometry) {
+            Ok(L1Entry { table: Some(_), copied: true }) => Some(Ok(())),
+            Ok(_) => None,
+            Err(bad) => Some(Err(bad)),
+        };
+        let _flight = match w.l2_tables.turn(l1_index, own).await {
+            Turn::Found(found) => return found.map_err(|bad| self.corrupt_table(bad, l1_index)),
+            Turn::Mine(flight) => flight,
+        };
+        let old = L1Entry::decode(self.l1.get(l1_index), &self.geometry)
+            .map_err(|bad| self.corrupt_table(bad, l1_index))?
+            .table;
+        let (table, fresh) = self.allocate_table(w).await?;
+        let made = match old {
+            None => self.zero_table(table, fresh).await,
+            Some(old) => self.copy_table(old, table, l1_index).await,
+        };
+        if let Err(e) = made {
+            w.lock().limbo.push_ready([self.freed_table(table)]);
+            return Err(e);
+        }
+        if old.is_none() {
+            self.cache_zeroes(guest);
+        }
+        let mut meta = w.lock();
+        self.touch(w);
+        if w_wants(self) {
+            w.tables.add(self.geometry.host_cluster(table), 1);
+        }
+        let entry = L1Entry { table: Some(table), copied: true };
+        self.l1.set(l1_index, entry.encode());
+        if let Some(old) = old {
+            Self::let_go(w, &mut meta, &[self.freed_table(old)]);
+        }
+        Ok(())
+    }
+
+    fn freed_table(&self, table: HostOffset) -> Freed {
+        let cluster = self.geometry.host_cluster(table);
+        Freed { cluster, discard: self.choices.pass_discard_other }
+    }
+
+    /// A cluster for a table, and whether the file reads as zeroes there.
+    async fn allocate_table(&self, w: &Writing) -> Result<(HostOffset, bool), Errno> {
+        loop {
+            let run = {
+                let mut meta = w.lock();
+                let run = meta.refcounts.allocate(1, None);
+                Self::note_tables(w, &mut meta);
+                run
+            };
+            let run = match run {
+                Ok(run) => run,
+                Err(blocked) => {
+                    self.unblock(w, blocked).await?;
+                    continue;
+                }
+            };
+            let table = HostOffset(run.first << self.geometry.cluster_bits);
+            if w.tables.holds(run.first, 1) {
+                return Err(self.overlap(w, table).await);
+            }
+            let end = table.plus(self.geometry.cluster_size()).0;
+            if let Err(e) = self.grow_to(w, end).await {
+                w.lock().limbo.push_ready([self.freed_table(table)]);
+                return Err(e);
+            }
+            return Ok((table, run.fresh && self.file().len() >= end));
+        }
+    }
+
+    async fn zero_table(&self, table: HostOffset, fresh: bool) -> Result<(), Errno> {
+        if fresh || broken(Mutation::NoZeroedTable) {
+            return Ok(());
+        }
+        let (offset, len) = (table.0, self.geometry.cluster_size());
+        let flags = ZeroFlags::empty();
+        self.file().submit(Op::WriteZeroes { offset, len, flags }).await
+    }
+
+    async fn copy_table(
+        &self,
+        from: HostOffset,
+        to: HostOffset,
+        l1_index: u64,
+    ) -> Result<(), Errno> {
+        let len = self.geometry.cluster_size();
+        if from.0 + len > self.file().len() {
+            return Err(self.table_beyond_end(from, l1_index));
+        }
+        let align = self.file().driver().limits().mem_align.max(512) as usize;
+        let buffer = Buffer::new(usize::try_from(len).map_err(|_| Errno::EIO)?, align);
+        let iov = [buffer.iovec()];
+        let sg = Sg::new(&iov);
+        self.file().submit(Op::Read { offset: from.0, to: sg }).await?;
+        let flags = WriteFlags::empty();
+        self.file().submit(Op::Write { offset: to.0, from: sg, flags }).await
+    }
+
+    /// The first slice of a new table need not be read. Before the L1 entry is set: nobody can have changed an entry of it yet.
+    fn cache_zeroes(&self, guest: GuestOffset) {
+        let shape = self.cache.shape();
+        let bytes = vec![0; shape.entries as usize * shape.entry_words as usize * 8];
+        // With all slots waiting to be written back it is read like any other.
+        let _ = self.cache.fill(self.slice_of(guest).0, &bytes);
+    }
+}
+
+/// Whether L2 tables are to be protected.
+fn w_wants(image: &Image) -> bool {
+    use crate::block::drivers::qcow2::options::Overlap;
+    image.choices.overlap_check.contains(Overlap::ACTIVE_L2)
+}
