@@ -24,14 +24,26 @@
 //! # Who waits
 //!
 //! Fills, evictions and stores are made by holders of the mutex `state`, which is never held across I/O. Who needs a
-//! slice that somebody else is reading waits for that ([`Flights`]).
+//! slice that somebody else is reading waits for that ([`Flights`](super::flight::Flights)).
+//!
+//! # Writing back
+//!
+//! A slot is *dirty* from a store to the next [`SliceCache::snapshot`], and *writing* from there to
+//! [`SliceCache::written`]. In either state it is not evicted, so that nobody reads the slice from a disk that does not
+//! have it yet. A store while a slot is being written makes it dirty as well: the copy under way is of the past.
 #![forbid(unsafe_code)]
 
 #[cfg(not(loom))]
-use std::sync::{Mutex, MutexGuard, atomic::Ordering};
+use std::sync::{
+    Mutex, MutexGuard,
+    atomic::{AtomicU64, Ordering},
+};
 
 #[cfg(loom)]
-use loom::sync::{Mutex, MutexGuard, atomic::Ordering};
+use loom::sync::{
+    Mutex, MutexGuard,
+    atomic::{AtomicU64, Ordering},
+};
 
 use super::arena::Arena;
 use super::layout::L2Entry;
@@ -44,7 +56,7 @@ const SLOT_MASK: u64 = (1 << SLOT_BITS) - 1;
 /// The shape of a [`SliceCache`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
-    /// How many slices the virtual disk has.
+    /// How many slices the virtual disk may ever have. Those that it does not have yet cost address space only.
     pub slices: u64,
     /// Entries per slice, a power of two.
     pub entries: u32,
@@ -56,22 +68,47 @@ pub struct Shape {
 
 /// Which slice a slot holds, and whether it may be evicted.
 struct Slot {
+    /// [`NO_SLICE`]: the slot is free.
     slice: u64,
-    /// Not yet written back: not to be evicted.
+    /// Changed since the last snapshot.
     dirty: bool,
+    /// In a snapshot that is being written.
+    writing: bool,
+    /// It was filled or used since the last [`SliceCache::clean`], as far as the clock's hand and stores know.
+    recent: bool,
 }
+
+/// No slice has this number.
+const NO_SLICE: u64 = u64::MAX;
+/// How many slots [`SliceCache::clean`] looks at with the lock held: some 20 us of zeroing in all.
+const CLEAN_STEP: usize = 64;
 
 #[derive(Default)]
 struct State {
-    /// Slots in use, from the arena's start on.
+    /// Slots that were ever used, from the arena's start on.
     slots: Vec<Slot>,
+    /// Those of them that hold nothing.
+    free: Vec<usize>,
+    /// How many slots are dirty.
+    dirty: usize,
+    /// How many slots are dirty or being written.
+    staying: usize,
     hand: usize,
     generation: u64,
 }
 
-/// All slots hold slices that must be written back before they can make room.
+/// All slots hold slices that must be written back before they can make room; or no slice can have this number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheFull;
+
+/// A slice as it shall be on disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SliceCopy {
+    /// Its number.
+    pub slice: u64,
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+}
 
 /// The cache. See the module's description.
 pub struct SliceCache {
@@ -111,28 +148,38 @@ impl SliceCache {
         self.shape
     }
 
-    /// Memory in use, in bytes: slots that were ever filled.
+    /// Memory in use, in bytes.
     pub fn bytes_used(&self) -> u64 {
-        self.lock().slots.len() as u64 * self.slice_words() as u64 * 8
+        let state = self.lock();
+        (state.slots.len() - state.free.len()) as u64 * self.slice_words() as u64 * 8
     }
 
     fn slice_words(&self) -> usize {
         self.shape.entries as usize * self.shape.entry_words as usize
     }
 
+    /// The slice's tag; `None` beyond the shape.
+    #[inline]
+    fn tag(&self, slice: u64) -> Option<&AtomicU64> {
+        usize::try_from(slice).ok().and_then(|slice| self.tags.words().get(slice))
+    }
+
     /// The entry at `index` of `slice`, if the slice is cached. Takes no lock, allocates nothing.
     ///
+    /// May miss a slice that is being changed at this moment: who would go to the disk then asks
+    /// [`SliceCache::get_surely`] first.
+    ///
     /// # Panics
-    /// If `slice` or `index` is outside of the shape.
+    /// If `index` is outside of the shape.
     #[inline]
     pub fn get(&self, slice: u64, index: u32) -> Option<L2Entry> {
-        let tag = &self.tags.words()[slice as usize];
+        let tag = self.tag(slice)?;
         let first = tag.load(Ordering::Acquire);
         if first == 0 {
             return None;
         }
         let slot = (first & SLOT_MASK) as usize - 1;
-        let at = slot * self.slice_words() + index as usize * self.shape.entry_words as usize;
+        let at = self.word_of(slot, index);
         let words = self.arena.words();
         let word = words[at].load(Ordering::Acquire);
         let bitmap =
@@ -148,28 +195,43 @@ impl SliceCache {
         Some(L2Entry { word, bitmap })
     }
 
+    /// As [`SliceCache::get`], but waits for stores: `None` says that the slice is not cached.
+    pub fn get_surely(&self, slice: u64, index: u32) -> Option<L2Entry> {
+        let _no_stores = self.lock();
+        self.get(slice, index)
+    }
+
+    /// Where an entry is in the arena.
+    #[inline]
+    fn word_of(&self, slot: usize, index: u32) -> usize {
+        slot * self.slice_words() + index as usize * self.shape.entry_words as usize
+    }
+
+    /// The words of a slot.
+    fn words(&self, slot: usize) -> &[AtomicU64] {
+        &self.arena.words()[slot * self.slice_words()..][..self.slice_words()]
+    }
+
     /// Puts a slice just read into a slot: `bytes` as on disk. Does nothing if it is cached already.
     ///
     /// The caller sees to it that the bytes are not older than what the cache held last ([`Flights`], and that a
     /// dirty slice is not evicted).
     ///
     /// # Errors
-    /// No slot can be evicted.
+    /// No slot can be evicted, or the slice is beyond the shape.
     ///
     /// # Panics
     /// If `bytes` has another length than a slice.
     pub fn fill(&self, slice: u64, bytes: &[u8]) -> Result<(), CacheFull> {
         assert_eq!(bytes.len(), self.slice_words() * 8, "a slice of another length");
         let mut state = self.lock();
-        let tag = &self.tags.words()[slice as usize];
+        let tag = self.tag(slice).ok_or(CacheFull)?;
         if tag.load(Ordering::Relaxed) != 0 {
             return Ok(());
         }
         let slot = self.make_room(&mut state)?;
-        state.slots[slot] = Slot { slice, dirty: false };
-        let base = slot * self.slice_words();
-        let words = &self.arena.words()[base..base + self.slice_words()];
-        for (word, bytes) in words.iter().zip(bytes.chunks_exact(8)) {
+        state.slots[slot] = Slot::of(slice);
+        for (word, bytes) in self.words(slot).iter().zip(bytes.chunks_exact(8)) {
             let mut value = [0; 8];
             value.copy_from_slice(bytes);
             word.store(u64::from_be_bytes(value), Ordering::Release);
@@ -182,8 +244,11 @@ impl SliceCache {
 
     /// A slot that no tag points to any more.
     fn make_room(&self, state: &mut State) -> Result<usize, CacheFull> {
+        if let Some(slot) = state.free.pop() {
+            return Ok(slot);
+        }
         if state.slots.len() < self.shape.slots as usize {
-            state.slots.push(Slot { slice: u64::MAX, dirty: false });
+            state.slots.push(Slot::of(NO_SLICE));
             return Ok(state.slots.len() - 1);
         }
         // Two rounds of the clock: one may only clear the marks of use. Readers that set them again meanwhile cannot
@@ -193,79 +258,163 @@ impl SliceCache {
         for _ in 0..2 * all {
             let slot = state.hand;
             state.hand = (slot + 1) % all;
-            if state.slots[slot].dirty {
+            if state.slots[slot].must_stay() {
                 continue;
             }
             clean = Some(slot);
             if self.used.words()[slot].swap(0, Ordering::Relaxed) == 0 {
                 break;
             }
+            state.slots[slot].recent = true;
         }
         let slot = clean.ok_or(CacheFull)?;
-        let old = state.slots[slot].slice;
-        if let Some(tag) = self.tags.words().get(old as usize) {
+        if let Some(tag) = self.tag(state.slots[slot].slice) {
             tag.store(0, Ordering::Release);
         }
         Ok(slot)
     }
 
-    /// Changes an entry of a cached slice and marks the slice dirty. Whether the slice was cached; if not, nothing
-    /// has happened.
+    /// Changes the run of entries of a cached slice that starts at `index`, and marks the slice dirty (an empty run does
+    /// just that). Whether the slice was cached; if not, nothing has happened.
     ///
-    /// Readers see the old entry, the new one, or a miss.
-    pub fn store(&self, slice: u64, index: u32, entry: L2Entry) -> bool {
+    /// Readers see of each entry the old one, the new one, or a miss.
+    ///
+    /// # Panics
+    /// If the run goes over the slice's end.
+    pub fn store(&self, slice: u64, index: u32, entries: &[L2Entry]) -> bool {
         let mut state = self.lock();
-        let tag = &self.tags.words()[slice as usize];
-        let now = tag.load(Ordering::Relaxed);
-        if now == 0 {
-            return false;
-        }
-        let slot = (now & SLOT_MASK) as usize - 1;
-        state.slots[slot].dirty = true;
-        let at = slot * self.slice_words() + index as usize * self.shape.entry_words as usize;
-        let words = self.arena.words();
-        if self.shape.entry_words == 1 {
-            words[at].store(entry.word, Ordering::Release);
+        let Some(slot) = self.slot(slice) else { return false };
+        let Some(tag) = self.tag(slice) else { return false };
+        let (first, size) = (index as usize, self.shape.entry_words as usize);
+        let words = &self.words(slot)[first * size..(first + entries.len()) * size];
+        let writing = state.slots[slot].writing;
+        state.mark(slot, true, writing);
+        state.slots[slot].recent = true;
+        if size == 1 {
+            for (word, entry) in words.iter().zip(entries) {
+                word.store(entry.word, Ordering::Release);
+            }
             return true;
         }
         tag.store(0, Ordering::Release);
-        words[at].store(entry.word, Ordering::Release);
-        words[at + 1].store(entry.bitmap, Ordering::Release);
+        for (words, entry) in words.chunks_exact(2).zip(entries) {
+            words[0].store(entry.word, Ordering::Release);
+            words[1].store(entry.bitmap, Ordering::Release);
+        }
         tag.store(next_tag(&mut state, slot), Ordering::Release);
         true
     }
 
-    /// A copy of a cached slice as it is written to disk; the slice is clean from then on. `None` if it is not cached.
-    /// Who fails to write it calls [`SliceCache::mark_dirty`].
-    pub fn take_dirty(&self, slice: u64) -> Option<Vec<u8>> {
+    /// Copies of all dirty slices, in order. They are no longer dirty but being written, until
+    /// [`SliceCache::written`] is called with the same copies. One snapshot at a time.
+    pub fn snapshot(&self) -> Vec<SliceCopy> {
         let mut state = self.lock();
-        let slot = self.slot(slice)?;
-        state.slots[slot].dirty = false;
-        let base = slot * self.slice_words();
-        let words = &self.arena.words()[base..base + self.slice_words()];
-        Some(words.iter().flat_map(|w| w.load(Ordering::Relaxed).to_be_bytes()).collect())
+        let mut copies = Vec::with_capacity(state.dirty);
+        for at in 0..state.slots.len() {
+            let Slot { slice, dirty, writing, .. } = state.slots[at];
+            if !dirty {
+                continue;
+            }
+            assert!(!writing, "one snapshot at a time");
+            state.mark(at, false, true);
+            let words = self.words(at).iter();
+            let bytes = words.flat_map(|w| w.load(Ordering::Relaxed).to_be_bytes()).collect();
+            copies.push(SliceCopy { slice, bytes });
+        }
+        copies.sort_unstable_by_key(|copy| copy.slice);
+        copies
     }
 
-    /// Marks a cached slice as not written back.
-    pub fn mark_dirty(&self, slice: u64) {
+    /// The slices of a snapshot are on disk; or not, if not `ok`: then they are dirty again.
+    pub fn written(&self, copies: &[SliceCopy], ok: bool) {
         let mut state = self.lock();
-        if let Some(slot) = self.slot(slice) {
-            state.slots[slot].dirty = true;
+        for copy in copies {
+            let slot = self.slot(copy.slice).expect("what is being written is not evicted");
+            let dirty = state.slots[slot].dirty || !ok;
+            state.mark(slot, dirty, false);
         }
     }
 
-    /// The slices that must be written back.
-    pub fn dirty(&self) -> Vec<u64> {
-        self.lock().slots.iter().filter(|s| s.dirty).map(|s| s.slice).collect()
+    /// Whether a snapshot would have something to write.
+    pub fn has_dirty(&self) -> bool {
+        self.lock().dirty > 0
     }
 
+    /// The number of slots that cannot make room: dirty, or being written.
+    pub fn dirty_count(&self) -> usize {
+        self.lock().staying
+    }
+
+    /// Gives the memory of clean slices back that were not used since the last call (`cache-clean-interval`).
+    pub fn clean(&self) {
+        let all = self.lock().slots.len();
+        for first in (0..all).step_by(CLEAN_STEP) {
+            self.clean_some(first, (first + CLEAN_STEP).min(all));
+        }
+    }
+
+    fn clean_some(&self, first: usize, end: usize) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        for at in first..end {
+            let slot = &mut state.slots[at];
+            let used = self.used.words()[at].swap(0, Ordering::Relaxed) != 0;
+            let recent = std::mem::take(&mut slot.recent);
+            if used || recent || slot.must_stay() || slot.slice == NO_SLICE {
+                continue;
+            }
+            if let Some(tag) = self.tag(slot.slice) {
+                tag.store(0, Ordering::Release);
+            }
+            slot.slice = NO_SLICE;
+            state.free.push(at);
+            // As a fill would: then giving the memory back changes no word.
+            for word in self.words(at) {
+                word.store(0, Ordering::Release);
+            }
+        }
+        // Only whole pages can be given back: neighbours together.
+        let mut at = first;
+        while at < end {
+            let free =
+                state.slots[at..end].iter().take_while(|slot| slot.slice == NO_SLICE).count();
+            self.arena.release(at * self.slice_words(), free * self.slice_words());
+            at += free + 1;
+        }
+    }
+
+    /// The slot of a cached slice; for holders of the lock.
     fn slot(&self, slice: u64) -> Option<usize> {
-        let tag = self.tags.words()[slice as usize].load(Ordering::Relaxed);
+        let tag = self.tag(slice)?.load(Ordering::Relaxed);
         (tag != 0).then(|| (tag & SLOT_MASK) as usize - 1)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no holder panics")
+    }
+}
+
+impl Slot {
+    /// Filled just now.
+    fn of(slice: u64) -> Slot {
+        Slot { slice, dirty: false, writing: false, recent: true }
+    }
+
+    /// Whether the disk does not have this slice yet.
+    fn must_stay(&self) -> bool {
+        self.dirty || self.writing
+    }
+}
+
+impl State {
+    /// Changes what is to be done about a slot.
+    fn mark(&mut self, slot: usize, dirty: bool, writing: bool) {
+        let slot = &mut self.slots[slot];
+        self.dirty -= usize::from(slot.dirty);
+        self.staying -= usize::from(slot.must_stay());
+        (slot.dirty, slot.writing) = (dirty, writing);
+        self.dirty += usize::from(slot.dirty);
+        self.staying += usize::from(slot.must_stay());
     }
 }
 

@@ -14,6 +14,8 @@ mod extension;
 mod features;
 mod flight;
 pub mod header;
+#[allow(dead_code, reason = "changes are the write path's side")]
+mod l1;
 pub mod layout;
 mod open;
 mod options;
@@ -25,9 +27,10 @@ use cache::SliceCache;
 use compressed::Decompressor;
 use flight::Flights;
 use header::Header;
+use l1::L1Table;
 use layout::Geometry;
 use options::Choices;
-use read::{Corruption, L1Table};
+use read::Corruption;
 
 use crate::block::driver::Resolver;
 use crate::block::perm::default_child_perms;

@@ -8,8 +8,9 @@ use super::cache::SliceCache;
 use super::compressed::Decompressor;
 use super::flight::Flights;
 use super::header::{Autoclear, Header, Incompatible, Purpose};
+use super::l1::L1Table;
 use super::options::Choices;
-use super::read::{Corruption, L1Table};
+use super::read::Corruption;
 use crate::block::{Driver, Edge, InForce, Node, Op, OpenArgs, Role};
 use crate::err;
 use crate::error::{Errno, Error, Result};
@@ -112,7 +113,7 @@ fn read_l1(file: &Node, header: &Header) -> Result<L1Table> {
     if (bytes.len() as u64) < len {
         return Err(err!("Could not read L1 table: it lies beyond the end of the image file"));
     }
-    Ok(L1Table::parse(&bytes))
+    L1Table::parse(&bytes).map_err(|e| Error::from_errno("Could not read L1 table", e))
 }
 
 fn warn_of_stale_bitmaps(header: &Header) {

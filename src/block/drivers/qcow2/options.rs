@@ -4,7 +4,8 @@
 use serde_json::Value;
 
 use super::cache::Shape;
-use super::header::{Compatible, CryptMethod, Header, MIN_CLUSTER_BITS};
+use super::header::{Compatible, CryptMethod, Header, MAX_L1_SIZE, MIN_CLUSTER_BITS};
+use super::layout::Geometry;
 use crate::block::OpenArgs;
 use crate::err;
 use crate::error::Result;
@@ -212,12 +213,21 @@ fn take_caches(args: &mut OpenArgs<'_>, header: &Header) -> Result<(Shape, u64)>
     let entries = slice / entry_bytes;
     let to_u32 = |n| u32::try_from(n).unwrap_or(u32::MAX);
     let shape = Shape {
-        slices: geometry.clusters_for(header.size).div_ceil(entries),
+        slices: slices_for(&geometry, header.size, entries),
         entries: to_u32(entries),
         entry_words: to_u32(entry_bytes / 8),
         slots: to_u32(slots),
     };
     Ok((shape, refblocks))
+}
+
+/// How many slices of `entries` entries the cache has room for: what a disk needs that has grown to 8 times of `size`
+/// bytes, or to 4 TiB (beside each slice's tag of 8 bytes of address space this costs nothing), as far as an L1 table
+/// can describe it; but always what the disk needs now.
+fn slices_for(geometry: &Geometry, size: u64, entries: u64) -> u64 {
+    let slices = |size| geometry.clusters_for(size).div_ceil(entries);
+    let most = MAX_L1_SIZE / 8 * (geometry.l2_entries() / entries);
+    slices(size.saturating_mul(8).max(4 << 40)).min(most).max(slices(size))
 }
 
 /// The bytes for L2 tables and for refcount blocks. `l2_all`: what all L2 tables take.
@@ -356,6 +366,21 @@ mod tests {
         let text = "refcount-cache-size may not exceed cache-size";
         assert_eq!(split(Some(M), None, Some(2 * M)), Err(text.into()));
         assert!(split(Some(M), Some(1), Some(1)).unwrap_err().ends_with("at the same time"));
+    }
+
+    #[test]
+    fn the_cache_has_room_for_a_disk_that_grows() {
+        let slices = |cluster_bits, size| {
+            let geometry = Header::new(3, cluster_bits, size).geometry();
+            slices_for(&geometry, size, geometry.l2_entries().min(512))
+        };
+        assert_eq!(slices(16, 1 << 30), (4 << 40) / (512 << 16));
+        assert_eq!(slices(16, 10 << 40), (80 << 40) / (512 << 16));
+        assert_eq!(slices(9, 1 << 30), 4 << 20);
+        // The largest disks: an L1 table of the largest size, and what is no multiple of anything.
+        assert_eq!(slices(9, 128 << 30), 4 << 20);
+        assert_eq!(slices(16, (2 << 50) - 1), (2 << 50) / (512 << 16));
+        assert_eq!(slices(21, u64::MAX), (1 << 43) / 512);
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! [`Place`]. The fast lane gives up where the slice is not cached; the slow lane reads it.
 #![forbid(unsafe_code)]
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Qcow2;
 use super::flight::Turn;
@@ -18,27 +18,6 @@ use crate::block::{IoFuture, Map, Node, Op};
 use crate::error::Errno;
 use crate::mem::Sg;
 use crate::rt::Buffer;
-
-/// The active L1 table, in memory as a whole: 8 bytes for each 512 MiB of disk with the default cluster size.
-pub struct L1Table(Box<[AtomicU64]>);
-
-impl L1Table {
-    /// From its bytes as on disk.
-    pub fn parse(bytes: &[u8]) -> L1Table {
-        let word = |bytes: &[u8]| {
-            let mut value = [0; 8];
-            value.copy_from_slice(bytes);
-            AtomicU64::new(u64::from_be_bytes(value))
-        };
-        L1Table(bytes.chunks_exact(8).map(word).collect())
-    }
-
-    /// The entry at `index`; 0 beyond the table.
-    fn get(&self, index: u64) -> u64 {
-        let entry = usize::try_from(index).ok().and_then(|i| self.0.get(i));
-        entry.map_or(0, |e| e.load(Ordering::Acquire))
-    }
-}
 
 /// Says once that the image is corrupt, as QEMU does.
 #[derive(Default)]
