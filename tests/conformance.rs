@@ -185,8 +185,12 @@ fn nothing_outside_of_the_disk() {
                 [(size, 1), (size - 511, 512), (u64::MAX, 1), (u64::MAX - 511, 512), (1 << 63, 512)]
             {
                 let memory = Scatter::new(&mut rng, usize::try_from(len).unwrap());
+                let grows = !matches!(layout, Layout::Window(..)) && offset < MIB * 2;
                 for op in all_ops(&memory, offset, len) {
-                    assert_eq!(submit(&disk.node, op), Err(Errno::EINVAL), "{setup:?} {offset}");
+                    if !grows || matches!(op, Op::Read { .. } | Op::Discard { .. }) {
+                        let result = submit(&disk.node, op);
+                        assert_eq!(result, Err(Errno::EINVAL), "{setup:?} {offset}");
+                    }
                 }
             }
             // Nothing at the end is inside.
@@ -197,6 +201,51 @@ fn nothing_outside_of_the_disk() {
         }
     }
     assert_same(&std::fs::read(&path).unwrap(), &before, "the image");
+}
+
+/// Writes and zeroes past the end, ragged and far away: the bytes are there, and zeroes in between.
+#[test]
+fn files_grow() {
+    let mut rng = Rng::new(4);
+    for layout in [Layout::File, Layout::Raw] {
+        for setup in Setup::engines(layout) {
+            for start in [0, 4096, 5 * 512, 1000] {
+                let dir = directory();
+                let path = image(dir.path(), &mut rng, start);
+                let mut model = std::fs::read(&path).unwrap();
+                let disk = setup.open(&path);
+                for step in 0..12 {
+                    let what = format!("{setup:?}, {start} bytes, step {step}");
+                    let behind = disk.node.len() + rng.below(3) * rng.below(20_000);
+                    let (at, len) = (behind - rng.below(600).min(behind), 1 + rng.below(9000));
+                    let (first, len) =
+                        (usize::try_from(at).unwrap(), usize::try_from(len).unwrap());
+                    model.resize(model.len().max(first + len), 0);
+                    let bytes = if step % 3 == 2 { vec![0; len] } else { rng.bytes(len) };
+                    model[first..][..len].copy_from_slice(&bytes);
+                    let done = if step % 3 == 2 {
+                        let (len, flags) = (len as u64, ZeroFlags::MAY_UNMAP);
+                        submit(&disk.node, Op::WriteZeroes { offset: at, len, flags })
+                    } else {
+                        write(&disk.node, at, &bytes)
+                    };
+                    assert_eq!(done, Ok(()), "{what}");
+                    let end = usize::try_from(disk.node.len()).unwrap();
+                    assert!((model.len()..model.len() + 4096).contains(&end), "{what}: {end}");
+                    let memory = Scatter::new(&mut rng, end);
+                    assert_eq!(submit(&disk.node, Op::Read { offset: 0, to: memory.sg() }), Ok(()));
+                    let mut want = model.clone();
+                    want.resize(end, 0);
+                    assert_same(&memory.gather(), &want, &what);
+                }
+                drop(disk);
+                let mut got = std::fs::read(&path).unwrap();
+                got.resize(got.len().max(model.len()), 0);
+                model.resize(got.len(), 0);
+                assert_same(&got, &model, &format!("{setup:?}: the file"));
+            }
+        }
+    }
 }
 
 #[test]

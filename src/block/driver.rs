@@ -230,6 +230,13 @@ pub trait Driver: Send + Sync {
     /// requests in the rounded tail too (reads as zeroes).
     fn len(&self) -> u64;
 
+    /// Whether a write or write-zeroes past [`Driver::len`] makes the node longer, now. What is between the old end and
+    /// the write reads as zeroes, and so does the part past the end of a read that begins or ends there: the generic
+    /// layer fills up ragged blocks with such reads.
+    fn grows(&self) -> bool {
+        false
+    }
+
     /// What the node can take in one request.
     fn limits(&self) -> Limits;
 

@@ -10,7 +10,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::node::DetectZeroes;
+use super::node::{DetectZeroes, LEN_MAX};
 use super::{Dir, IoFuture, Limits, Map, Node, Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
 use crate::mem::{IoVec, Sg};
@@ -80,7 +80,8 @@ impl Node {
     /// Slow lane: any operation, of any alignment and length.
     ///
     /// # Errors
-    /// EINVAL outside of the node, EPERM for changes of a read-only node; else what the driver says.
+    /// EINVAL outside of the node (a write of a driver that [grows](super::Driver::grows) is inside up to [`LEN_MAX`]),
+    /// EPERM for changes of a read-only node; else what the driver says.
     pub fn submit<'a>(&'a self, op: Op<'a>) -> IoFuture<'a> {
         if let Err(e) = self.check(&op) {
             return ready(Err(e));
@@ -110,7 +111,13 @@ impl Node {
             }
             Op::Flush => return Ok(()),
         };
-        if offset.checked_add(len).is_none_or(|end| end > self.len()) {
+        let inside = offset.checked_add(len).is_some_and(|end| {
+            end <= self.len()
+                || (end <= LEN_MAX
+                    && matches!(op, Op::Write { .. } | Op::WriteZeroes { .. })
+                    && self.driver().grows())
+        });
+        if !inside {
             return Err(Errno::EINVAL);
         }
         if changes && self.read_only() { Err(Errno::EPERM) } else { Ok(()) }

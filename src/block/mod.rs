@@ -12,8 +12,8 @@
 //! 2. `map` may only answer [`Map::File`] for a write when the bytes may be overwritten in place, now, without
 //!    bookkeeping before or after.
 //! 3. A future returned by `submit` is always driven to its end; it may borrow the operation's memory.
-//! 4. `submit` sees requests already checked: inside the node's size, aligned to its limits, not a write on a
-//!    read-only node. It may be called from several threads at once.
+//! 4. `submit` sees requests already checked: inside the node's size (or past it, where the driver grows), aligned to
+//!    its limits, not a write on a read-only node. It may be called from several threads at once.
 //! 5. The descriptor number of a [`File`] is its identity for as long as the node lives: a file that is reopened in
 //!    another access mode keeps it (`dup3`). Nobody may remember the open file behind it (io_uring's registered
 //!    files would).

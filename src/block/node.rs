@@ -13,6 +13,10 @@ use super::{Driver, DriverDef};
 /// The unit of a disk's length: drivers may have odd lengths, guests see whole sectors.
 pub const SECTOR: u64 = 512;
 
+/// The longest that a node may become, in bytes: whatever it is rounded up to, it stays below the kernel's `loff_t`
+/// (QEMU's BDRV_MAX_LENGTH).
+pub const LEN_MAX: u64 = i64::MAX as u64 & !((1 << 30) - 1);
+
 /// What a child is to its parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {

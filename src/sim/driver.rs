@@ -54,6 +54,8 @@ struct SimDisk {
     name: String,
     world: Shared,
     index: usize,
+    /// There was room beyond the end when it was opened. A file still grows when the disk is full, and fails: ENOSPC.
+    is_file: bool,
 }
 
 fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
@@ -63,12 +65,21 @@ fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
         found.map(|(_, world, index)| (Arc::clone(world), *index))
     });
     let (world, index) = found.ok_or_else(|| err!("There is no simulated disk '{name}'"))?;
-    Ok(Box::new(SimDisk { name, world, index }))
+    let is_file = {
+        let disk = &lock(&world).disks[index];
+        disk.options.capacity > disk.image.len()
+    };
+    Ok(Box::new(SimDisk { name, world, index, is_file }))
 }
 
 impl Driver for SimDisk {
     fn len(&self) -> u64 {
         lock(&self.world).disks[self.index].image.len()
+    }
+
+    fn grows(&self) -> bool {
+        let disk = &lock(&self.world).disks[self.index];
+        self.is_file || disk.options.capacity > disk.image.len()
     }
 
     fn limits(&self) -> Limits {

@@ -189,6 +189,31 @@ fn blocks_of_4096_bytes() {
     }
 }
 
+/// The file below would grow; the capacity that the guest was told is what counts.
+#[test]
+fn a_guest_grows_nothing() {
+    for engine in ENGINES {
+        let file = FileDisk::new(MIB, engine, config());
+        assert!(file.disk.node.driver().grows());
+        let mut client = file.disk.connect(small());
+        let (capacity, q) = (client.capacity(), client.queue(0));
+        for (sector, len) in [(capacity, 512), (capacity - 1, 1024), (capacity + 8, 4096)] {
+            let write = q.write_request(sector, &vec![1; len]).unwrap();
+            assert_eq!(status(q, write), Status::IoErr, "{sector} {len}");
+        }
+        for (sector, count) in [(capacity, 8), (capacity - 1, 2)] {
+            for kind in [vb::VIRTIO_BLK_T_DISCARD, vb::VIRTIO_BLK_T_WRITE_ZEROES] {
+                let good = Range { sector: 0, count: 1, flags: 0 };
+                let range = Range { sector, count, flags: 0 };
+                assert_eq!(ranges(q, kind, &[range]), Status::IoErr, "{sector} {count}");
+                assert_ne!(ranges(q, kind, &[good, range]), Status::Ok, "{sector} {count}");
+            }
+        }
+        assert_eq!(file.disk.node.len(), MIB);
+        assert_eq!(std::fs::metadata(file.image.path()).unwrap().len(), MIB);
+    }
+}
+
 #[test]
 fn read_only_exports_refuse_changes() {
     let image = Image::new(MIB);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use vhost_user_blk::block::perm::Perms;
+use vhost_user_blk::block::perm::{Perm, Perms};
 use vhost_user_blk::block::{Graph, Node, Op, WriteFlags};
 use vhost_user_blk::error::Errno;
 use vhost_user_blk::mem::Sg;
@@ -25,7 +25,9 @@ fn open(sim: &Sim, spec: DiskSpec) -> Arc<Node> {
     let options = json!({"driver": "sim-disk", "disk": disk, "node-name": "n", "discard": "unmap"});
     let Value::Object(options) = options else { unreachable!() };
     let node = graph.add(options).unwrap();
-    graph.detach(graph.attach_root(&node, "test", Perms::device(true)).unwrap());
+    let mut perms = Perms::device(true);
+    perms.used |= Perm::RESIZE;
+    graph.detach(graph.attach_root(&node, "test", perms).unwrap());
     node
 }
 
@@ -77,6 +79,33 @@ fn a_full_disk_takes_nothing_until_there_is_room() {
         (refused, write(&node, 4096, &[1; 512], WriteFlags::empty()).await, node.len())
     });
     assert_eq!(done, Ok((Err(Errno::ENOSPC), Ok(()), 4608)));
+}
+
+/// Blocks of 4096 and a length of 1000: what is read for the rest of a block past the end is zeroes.
+#[test]
+fn a_ragged_end_grows_by_read_modify_write() {
+    let sim = Sim::new(3);
+    let mut spec = DiskSpec::file("d", Pages::from_bytes(&[7; 1000]));
+    spec.options.request_align = 4096;
+    let node = open(&sim, spec);
+    let done = sim.run(async move {
+        let put = async |offset, bytes: &[u8]| {
+            let mut buffer = Buffer::new(bytes.len(), 512);
+            buffer.bytes_mut().copy_from_slice(bytes);
+            let iov = [buffer.iovec()];
+            let (from, flags) = (Sg::new(&iov), WriteFlags::empty());
+            node.submit(Op::Write { offset, from, flags }).await
+        };
+        assert_eq!(put(1000, &[1; 100]).await, Ok(()));
+        assert_eq!(put(10_000, &[2; 5000]).await, Ok(()));
+        assert_eq!(put(u64::MAX - 100, &[2; 50]).await, Err(Errno::EINVAL));
+        assert_eq!(put(i64::MAX as u64 - 100, &[2; 50]).await, Err(Errno::EINVAL));
+        node.len()
+    });
+    assert_eq!(done, Ok(16384));
+    let mut want = [vec![7; 1000], vec![1; 100], vec![0; 8900], vec![2; 5000]].concat();
+    want.resize(16384, 0);
+    assert_eq!(sim.image("d").to_vec(), want);
 }
 
 #[test]

@@ -94,6 +94,10 @@ impl Driver for Raw {
         self.size.map_or(rest, |size| size.min(rest)) / SECTOR * SECTOR
     }
 
+    fn grows(&self) -> bool {
+        self.size.is_none() && self.child().node.driver().grows()
+    }
+
     fn limits(&self) -> Limits {
         // Alignment is the child's business: it knows who else writes to its blocks, and where its last one ends.
         Limits { request_align: 1, mem_align: 1, ..self.child().node.driver().limits() }

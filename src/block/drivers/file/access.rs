@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::locks::{self, Bytes};
@@ -105,11 +106,12 @@ pub(super) struct Access {
     /// The descriptor's number: the same for the life of the file.
     fd: RawFd,
     locking: bool,
+    /// Changes under the lock of `state` only.
+    writable: AtomicBool,
     state: Mutex<State>,
 }
 
 struct State {
-    writable: bool,
     held: Bytes,
     /// What is to take the place of the open file, if the permissions being prepared come into force.
     next: Option<Next>,
@@ -124,14 +126,19 @@ struct Next {
 impl Access {
     /// For a file just opened by [`How::open`], whose descriptor is `fd`.
     pub(super) fn new(how: How, fd: RawFd, locking: bool) -> Access {
-        let writable = how.writable(Perm::empty());
-        let state = Mutex::new(State { writable, held: Bytes::NONE, next: None });
-        Access { how, fd, locking, state }
+        let writable = AtomicBool::new(how.writable(Perm::empty()));
+        let state = Mutex::new(State { held: Bytes::NONE, next: None });
+        Access { how, fd, locking, writable, state }
     }
 
     /// Whether image locks are taken.
     pub(super) fn locking(&self) -> bool {
         self.locking
+    }
+
+    /// Whether the file is open for writing, now.
+    pub(super) fn writable(&self) -> bool {
+        self.writable.load(Ordering::Relaxed)
     }
 
     /// How the file is opened.
@@ -146,7 +153,7 @@ impl Access {
     pub(super) fn prepare(&self, perms: Perms) -> Result<()> {
         let mut state = self.lock();
         let want = Bytes::of(perms);
-        let mut next = self.reopen(&state, perms.used)?;
+        let mut next = self.reopen(perms.used)?;
         if self.locking && !state.held.covers(want) {
             let before = state.held;
             locks::add(self.fd, &mut state.held, want)?;
@@ -165,9 +172,9 @@ impl Access {
 
     /// Opens the file for reading or for writing, if it is not open that way. A file that could be closed for writing
     /// but cannot be opened for reading stays as it is: loosening never fails.
-    fn reopen(&self, state: &State, used: Perm) -> Result<Option<Next>> {
+    fn reopen(&self, used: Perm) -> Result<Option<Next>> {
         let writable = self.how.writable(used);
-        if writable == state.writable {
+        if writable == self.writable() {
             return Ok(None);
         }
         match self.how.open_again(self.fd, writable) {
@@ -188,7 +195,7 @@ impl Access {
             None => {}
             Some(Next { fd, writable, held }) => match posix::replace_fd(&fd, self.fd) {
                 Ok(()) => {
-                    state.writable = writable;
+                    self.writable.store(writable, Ordering::Relaxed);
                     state.held = held;
                 }
                 // Both numbers are open: dup3 has no reason to fail.

@@ -239,6 +239,10 @@ impl Driver for Medium {
         self.len.load(Ordering::Relaxed)
     }
 
+    fn grows(&self) -> bool {
+        self.kind == Kind::Regular && self.access.writable()
+    }
+
     fn limits(&self) -> Limits {
         self.limits
     }
