@@ -1,11 +1,8 @@
 //! `qcow2`: QEMU's image format.
 #![deny(unsafe_code)]
 
-#[allow(dead_code, reason = "`release` is for cache-clean-interval and discarded tables")]
 #[allow(unsafe_code, reason = "one mapping of atomics")]
 mod arena;
-// Dirty slices and changed entries are the write path's side of the cache; its tests use them already.
-#[allow(dead_code)]
 mod cache;
 pub mod check;
 mod compressed;
@@ -14,12 +11,18 @@ mod extension;
 mod features;
 mod flight;
 pub mod header;
-#[allow(dead_code, reason = "changes are the write path's side")]
+mod header_io;
 mod l1;
 pub mod layout;
 mod open;
 mod options;
 mod read;
+mod refcount;
+mod tables;
+pub mod write;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use serde_json::Value;
 
@@ -28,12 +31,14 @@ use compressed::Decompressor;
 use flight::Flights;
 use header::Header;
 use l1::L1Table;
-use layout::Geometry;
+use layout::{Geometry, HostOffset};
 use options::Choices;
 use read::Corruption;
+use write::Writing;
 
 use crate::block::driver::Resolver;
 use crate::block::perm::default_child_perms;
+use crate::block::upkeep::Tend;
 use crate::block::{
     Dir, Driver, DriverDef, DriverKind, Edge, IoFuture, Limits, Map, Node, Op, Recognises, walk,
 };
@@ -57,10 +62,13 @@ fn is_qcow2(first: &[u8]) -> bool {
 
 /// An open qcow2 image.
 ///
-/// Who owns what: the header and the choices do not change; `l1` and `cache` are the tables as far as they are in
+/// Who owns what: the header as read and the choices do not change; `l1` and `cache` are the tables as far as they are in
 /// memory, read by everyone without a lock; `flights` sees to it that a slice is read by one request at a time;
-/// `compressed` unpacks clusters and remembers the last ones; `corruption` says once that something is wrong.
-struct Qcow2 {
+/// `compressed` unpacks clusters and remembers the last ones; `corruption` says once that something is wrong; `writing` is
+/// all that only a writable image has.
+struct Image {
+    /// For whoever shall look after the image later.
+    me: Weak<Image>,
     /// `file` first; then `data-file` and `backing`, if there are any.
     edges: Vec<Edge>,
     /// The index in `edges` of where guest data is.
@@ -70,14 +78,19 @@ struct Qcow2 {
     header: Header,
     geometry: Geometry,
     choices: Choices,
+    /// The guest's disk in bytes.
+    size: AtomicU64,
+    /// Where the active L1 table is.
+    l1_offset: AtomicU64,
     l1: L1Table,
     cache: SliceCache,
     flights: Flights,
     compressed: Decompressor,
     corruption: Corruption,
+    writing: Option<Writing>,
 }
 
-impl Qcow2 {
+impl Image {
     /// The image file.
     fn file(&self) -> &Node {
         &self.edges[0].node
@@ -92,21 +105,51 @@ impl Qcow2 {
     fn backing(&self) -> Option<&Node> {
         self.backing.map(|at| &*self.edges[at].node)
     }
+
+    /// The guest's disk in bytes. QEMU counts whole sectors: an odd end is cut off.
+    fn len(&self) -> u64 {
+        self.size.load(Ordering::Relaxed) / 512 * 512
+    }
+
+    /// Where the active L1 table is, and its length in bytes.
+    fn l1_place(&self) -> (HostOffset, u64) {
+        (HostOffset(self.l1_offset.load(Ordering::Relaxed)), self.l1.len() * 8)
+    }
+
+    fn refuses(&self) -> bool {
+        self.writing.as_ref().is_some_and(Writing::is_fenced)
+    }
+
+    async fn change(&self, op: Op<'_>) -> Result<(), Errno> {
+        // The generic layer lets nobody change a read-only node.
+        let Some(w) = &self.writing else { return Err(Errno::EPERM) };
+        match op {
+            Op::Write { offset, from, flags } => self.write(w, offset, from, flags).await,
+            Op::WriteZeroes { offset, len, flags } => {
+                self.write_zeroes(w, offset, len, flags).await
+            }
+            Op::Discard { offset, len } => self.discard(w, offset, len).await,
+            Op::Flush | Op::Read { .. } => unreachable!("changes nothing"),
+        }
+    }
 }
+
+/// The driver of a node: the image, which the graph's upkeep may hold a little longer.
+struct Qcow2(Arc<Image>);
 
 impl Driver for Qcow2 {
     fn edges(&self) -> &[Edge] {
-        &self.edges
+        &self.0.edges
     }
 
-    /// QEMU counts whole sectors: an odd end is cut off.
     fn len(&self) -> u64 {
-        self.header.size / 512 * 512
+        self.0.len()
     }
 
     fn limits(&self) -> Limits {
-        let cluster = u32::try_from(self.geometry.cluster_size()).unwrap_or(u32::MAX);
-        let subcluster = u32::try_from(self.geometry.subcluster_size()).unwrap_or(u32::MAX);
+        let geometry = &self.0.geometry;
+        let cluster = u32::try_from(geometry.cluster_size()).unwrap_or(u32::MAX);
+        let subcluster = u32::try_from(geometry.subcluster_size()).unwrap_or(u32::MAX);
         Limits {
             zeroes_align: subcluster,
             discard_align: cluster,
@@ -117,32 +160,52 @@ impl Driver for Qcow2 {
 
     fn map(&self, dir: Dir, offset: u64, len: u64) -> Map<'_> {
         match dir {
-            Dir::Read => self.map_read(offset, len),
-            Dir::Write => Map::Slow,
+            _ if self.0.refuses() => Map::Slow,
+            Dir::Read => self.0.map_read(offset, len),
+            Dir::Write => self.0.map_write(offset, len),
         }
     }
 
     fn submit<'a>(&'a self, op: Op<'a>) -> IoFuture<'a> {
+        let image = &*self.0;
         match op {
-            Op::Read { offset, to } => Box::pin(walk::read(self, offset, to)),
-            // Nothing is ever written: there is nothing to make stable.
-            Op::Flush => Box::pin(std::future::ready(Ok(()))),
-            // The generic layer lets nobody change a read-only node.
-            _ => Box::pin(std::future::ready(Err(Errno::EPERM))),
+            _ if image.refuses() => Box::pin(std::future::ready(Err(Errno::EIO))),
+            Op::Read { offset, to } => Box::pin(walk::read(image, offset, to)),
+            Op::Flush => Box::pin(image.flush()),
+            op => Box::pin(image.change(op)),
         }
     }
 
+    fn is_stable(&self) -> bool {
+        self.0.writing.as_ref().is_none_or(Writing::is_stable)
+    }
+
+    fn close(&self) -> IoFuture<'_> {
+        Box::pin(self.0.close())
+    }
+
     fn resolver(&self) -> Option<&dyn Resolver> {
-        Some(self)
+        Some(&*self.0)
     }
 
     fn options_in_force(&self) -> Options {
-        let mut options = self.choices.in_force();
-        let shape = self.cache.shape();
+        let mut options = self.0.choices.in_force();
+        let cache = &self.0.cache;
+        let shape = cache.shape();
         let slice = u64::from(shape.entries) * u64::from(shape.entry_words) * 8;
         options.insert("l2-cache-size".into(), (u64::from(shape.slots) * slice).into());
         options.insert("l2-cache-entry-size".into(), slice.into());
-        options.insert("l2-cache-used".into(), Value::from(self.cache.bytes_used()));
+        options.insert("l2-cache-used".into(), Value::from(cache.bytes_used()));
+        if let Some(w) = &self.0.writing {
+            options.insert("refcount-cache-used".into(), w.refcount_memory().into());
+        }
         options
+    }
+}
+
+impl Tend for Image {
+    /// What changed goes to disk though nobody flushes.
+    fn tend(&self) -> IoFuture<'_> {
+        Box::pin(self.flush())
     }
 }

@@ -7,7 +7,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::Qcow2;
+use super::Image;
 use super::flight::Turn;
 use super::layout::{
     BadEntry, CompressedData, GuestOffset, Hex, HostOffset, L1Entry, L2Entry, Mapping, Subcluster,
@@ -17,7 +17,7 @@ use crate::block::driver::{ResolveFuture, Resolver};
 use crate::block::{IoFuture, Map, Node, Op};
 use crate::error::Errno;
 use crate::mem::Sg;
-use crate::rt::Buffer;
+use crate::rt::{Buffer, grace};
 
 /// Says once that the image is corrupt, as QEMU does.
 #[derive(Default)]
@@ -39,7 +39,7 @@ impl Corruption {
 
 /// Where the first bytes of a range are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
+pub enum Place {
     /// In the data file.
     Data(HostOffset),
     /// Nowhere: zeroes.
@@ -61,16 +61,16 @@ impl Place {
     }
 }
 
-impl Qcow2 {
+impl Image {
     /// The slice of `guest` and the index of its entry there.
-    fn slice_of(&self, guest: GuestOffset) -> (u64, u32) {
+    pub fn slice_of(&self, guest: GuestOffset) -> (u64, u32) {
         let cluster = guest.0 >> self.geometry.cluster_bits;
         let entries = u64::from(self.cache.shape().entries);
         (cluster / entries, (cluster % entries) as u32)
     }
 
     /// The mapping of `guest`'s cluster as far as it can be told without waiting. Takes no lock.
-    fn look_up(&self, guest: GuestOffset) -> Option<Result<Mapping, BadEntry>> {
+    pub fn look_up(&self, guest: GuestOffset) -> Option<Result<Mapping, BadEntry>> {
         let (slice, index) = self.slice_of(guest);
         match self.cache.get(slice, index) {
             Some(entry) => Some(entry.decode(&self.geometry, self.geometry.cluster_start(guest))),
@@ -84,7 +84,7 @@ impl Qcow2 {
     }
 
     /// The run of equal subclusters that starts at `guest`: at most to the end of its cluster, at most `len`.
-    fn run(&self, mapping: Mapping, guest: GuestOffset, len: u64) -> (Place, u64) {
+    pub fn run(&self, mapping: Mapping, guest: GuestOffset, len: u64) -> (Place, u64) {
         let g = &self.geometry;
         let inside = g.in_cluster(guest);
         let to_end = (g.cluster_size() - inside).min(len);
@@ -143,6 +143,15 @@ impl Qcow2 {
         }
     }
 
+    /// Fast lane for writes: what may be overwritten where it is.
+    pub fn map_write(&self, offset: u64, len: u64) -> Map<'_> {
+        let Some(w) = &self.writing else { return Map::Slow };
+        match self.in_place(w, GuestOffset(offset), len) {
+            Some((HostOffset(at), n)) if n == len => within(self.data(), at, len),
+            _ => Map::Slow,
+        }
+    }
+
     /// The mapping of `guest`'s cluster, reading its slice if it must.
     async fn mapping(&self, guest: GuestOffset) -> Result<Mapping, Errno> {
         let start = self.geometry.cluster_start(guest);
@@ -176,7 +185,7 @@ impl Qcow2 {
     }
 
     /// Reads the slice of `guest`'s L2 table from the file: one transfer.
-    async fn read_slice(&self, slice: u64, guest: GuestOffset) -> Result<Buffer, Errno> {
+    pub async fn read_slice(&self, slice: u64, guest: GuestOffset) -> Result<Buffer, Errno> {
         let shape = self.cache.shape();
         let bytes = u64::from(shape.entries) * u64::from(shape.entry_words) * 8;
         let l1_index = self.geometry.l1_index(guest);
@@ -190,10 +199,7 @@ impl Qcow2 {
         let per_table = self.geometry.cluster_size() / bytes;
         let at = table.plus(slice % per_table * bytes);
         if at.0 + bytes > self.file().len() {
-            let (table, l1_index) = (Hex(table.0), Hex(l1_index));
-            return Err(self.corruption.met(format_args!(
-                "L2 table offset {table} beyond the end of the image file (L1 index: {l1_index})"
-            )));
+            return Err(self.table_beyond_end(table, l1_index));
         }
         let align = self.file().driver().limits().mem_align.max(512) as usize;
         let buffer = Buffer::new(usize::try_from(bytes).map_err(|_| Errno::EIO)?, align);
@@ -202,7 +208,15 @@ impl Qcow2 {
         Ok(buffer)
     }
 
-    fn corrupt_table(&self, bad: BadEntry, l1_index: u64) -> Errno {
+    /// QEMU would read zeroes there: silent loss.
+    pub fn table_beyond_end(&self, table: HostOffset, l1_index: u64) -> Errno {
+        let (table, l1_index) = (Hex(table.0), Hex(l1_index));
+        self.corruption.met(format_args!(
+            "L2 table offset {table} beyond the end of the image file (L1 index: {l1_index})"
+        ))
+    }
+
+    pub fn corrupt_table(&self, bad: BadEntry, l1_index: u64) -> Errno {
         let index = Hex(l1_index);
         match bad {
             BadEntry::Unaligned(HostOffset(offset)) => self
@@ -213,7 +227,7 @@ impl Qcow2 {
     }
 
     /// QEMU's words for a bad entry of the cluster that starts at `guest`.
-    fn corrupt_entry(&self, bad: BadEntry, guest: GuestOffset) -> Errno {
+    pub fn corrupt_entry(&self, bad: BadEntry, guest: GuestOffset) -> Errno {
         let l1 = L1Entry::decode(self.l1.get(self.geometry.l1_index(guest)), &self.geometry);
         let table = l1.ok().and_then(|e| e.table).map_or(0, |t| t.0);
         let index = Hex(self.geometry.l2_index(guest));
@@ -298,7 +312,11 @@ fn within(child: &Node, offset: u64, len: u64) -> Map<'_> {
     }
 }
 
-impl Resolver for Qcow2 {
+impl Resolver for Image {
+    fn enter(&self) -> Option<grace::Pin> {
+        self.writing.as_ref().map(|w| grace::enter(&w.grace))
+    }
+
     fn resolve(&self, offset: u64, len: u64) -> ResolveFuture<'_> {
         Box::pin(self.find(offset, len))
     }

@@ -34,13 +34,11 @@ impl Image {
         let mut crew = Crew::default();
         let mut done = 0;
         while done < from.len() {
-            // From the look at the entry to the end of the write nobody uses the cluster again.
-            let pin = grace::enter(&w.grace);
             let at = GuestOffset(offset + done as u64);
             let rest = from.slice(done, from.len() - done);
             let planned = crew.meanwhile(Box::pin(self.planned(w, at, rest.len() as u64))).await;
             match planned {
-                Ok(Plan::InPlace { host, len }) => {
+                Ok((Plan::InPlace { host, len }, pin)) => {
                     let n = usize::try_from(len).map_err(|_| Errno::EIO)?;
                     let piece = rest.slice(0, n);
                     done += n;
@@ -51,14 +49,13 @@ impl Image {
                     let no_flags = WriteFlags::empty();
                     crew.add(Box::pin(self.overwrite(w, (host.0, piece), no_flags, pin))).await;
                 }
-                Ok(Plan::Fill(fill)) => {
-                    drop(pin);
+                Ok((Plan::Fill(fill), _)) => {
                     let n = usize::try_from(fill.data.end - fill.data.start)
                         .map_err(|_| Errno::EIO)?;
                     done += n;
                     crew.add(Box::pin(self.fill(w, *fill, rest.slice(0, n)))).await;
                 }
-                Ok(Plan::Wait | Plan::Needs(_)) => unreachable!("`planned` sees to them"),
+                Ok((Plan::Wait | Plan::Needs(_), _)) => unreachable!("`planned` sees to them"),
                 Err(e) => {
                     crew.failed(e);
                     break;
@@ -89,16 +86,28 @@ impl Image {
         self.stable(fua && !alone).await
     }
 
-    /// A plan that can be carried out.
-    async fn planned(&self, w: &Writing, at: GuestOffset, len: u64) -> Result<Plan, Errno> {
+    /// A plan that can be carried out; with a pin, taken before the entry was looked at, so that nobody else uses the place of
+    /// a write in place before it ends. Nobody waits for anything with a pin: space may have to wait for pins.
+    async fn planned(
+        &self,
+        w: &Writing,
+        at: GuestOffset,
+        len: u64,
+    ) -> Result<(Plan, grace::Pin), Errno> {
         loop {
-            let plan = poll_fn(|cx| match self.plan(w, at, len.min(FILL_MAX), cx.waker()) {
-                Plan::Wait => Poll::Pending,
-                plan => Poll::Ready(plan),
+            let plan = poll_fn(|cx| {
+                let pin = grace::enter(&w.grace);
+                match self.plan(w, at, len.min(FILL_MAX), cx.waker()) {
+                    Plan::Wait => Poll::Pending,
+                    plan => Poll::Ready((plan, pin)),
+                }
             });
             match plan.await {
-                Plan::Needs(need) => self.get(w, need, at).await?,
-                plan => return Ok(plan),
+                (Plan::Needs(need), pin) => {
+                    drop(pin);
+                    self.get(w, need, at).await?;
+                }
+                planned => return Ok(planned),
             }
         }
     }

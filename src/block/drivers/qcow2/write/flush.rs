@@ -41,7 +41,6 @@ use super::commit::Turn;
 use super::mutation::{Mutation, broken};
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::cache::SliceCopy;
-use crate::block::drivers::qcow2::l1::Sector;
 use crate::block::drivers::qcow2::layout::{HostOffset, L1Entry};
 use crate::block::drivers::qcow2::refcount::Snapshot;
 use crate::block::walk::Crew;
@@ -55,7 +54,7 @@ struct Copies {
     generation: u64,
     refcounts: Option<Snapshot>,
     slices: Vec<SliceCopy>,
-    l1: Vec<Sector>,
+    l1: Vec<(u64, Vec<u8>)>,
 }
 
 impl Image {
@@ -147,8 +146,8 @@ impl Image {
         }
         let mut crew = Crew::default();
         for copy in &copies.slices {
-            let live = broken(Mutation::LiveSlices).then(|| self.cache.snapshot_of(copy.slice));
-            let bytes = live.flatten().unwrap_or_else(|| copy.bytes.clone());
+            let live = broken(Mutation::LiveSlices);
+            let bytes = if live { self.live(copy) } else { copy.bytes.clone() };
             match self.place_of(copy.slice) {
                 Ok(at) => crew.add(Box::pin(write_bytes(self.file(), at, bytes))).await,
                 Err(e) => crew.failed(e),
@@ -161,9 +160,8 @@ impl Image {
         }
         if !copies.l1.is_empty() {
             let (table, _) = self.l1_place();
-            for sector in &copies.l1 {
-                let at = table.plus(sector.offset);
-                write_bytes(self.file(), at, sector.bytes.clone()).await?;
+            for (offset, bytes) in &copies.l1 {
+                write_bytes(self.file(), table.plus(*offset), bytes.clone()).await?;
             }
             if !last {
                 self.file().submit(Op::Flush).await?;
@@ -228,6 +226,15 @@ impl Image {
             Ok(L1Entry { table: Some(table), .. }) => Ok(table.plus(slice % per_table * bytes)),
             _ => Err(Errno::EIO),
         }
+    }
+
+    /// For [`Mutation::LiveSlices`].
+    fn live(&self, copy: &SliceCopy) -> Vec<u8> {
+        let shape = self.cache.shape();
+        let entries = (0..shape.entries).filter_map(|i| self.cache.get(copy.slice, i));
+        let words = entries.flat_map(|e| [e.word, e.bitmap].into_iter().take(shape.entry_words as usize));
+        let bytes: Vec<u8> = words.flat_map(u64::to_be_bytes).collect();
+        if bytes.len() == copy.bytes.len() { bytes } else { copy.bytes.clone() }
     }
 
     /// Refcounts have changed in memory.

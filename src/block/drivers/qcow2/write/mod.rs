@@ -31,6 +31,7 @@ pub mod streams;
 mod table;
 mod zero;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -39,6 +40,7 @@ use super::Image;
 use super::flight::Flights;
 use super::header_io::HeaderIo;
 use super::layout::CompressedData;
+use super::options::Overlap;
 use super::refcount::Refcounts;
 use super::tables::Tables;
 use crate::block::upkeep::Upkeep;
@@ -70,6 +72,10 @@ pub struct Writing {
     upkeep: Arc<Upkeep>,
     /// Something in memory must be written for the image on disk to be what the guest sees.
     dirty: AtomicBool,
+    /// The file was made longer in advance: cut at the end.
+    grown: AtomicBool,
+    /// Metadata that never moves: snapshots, bitmaps.
+    other_tables: Vec<(Range<u64>, Overlap)>,
     /// The next flush writes refcounts, lazy or not.
     refcounts_too: AtomicBool,
     /// The incompatible feature bit "dirty" is on disk.
@@ -94,6 +100,7 @@ impl Writing {
     pub fn new(
         refcounts: Refcounts,
         tables: Tables,
+        other_tables: Vec<(Range<u64>, Overlap)>,
         header: HeaderIo,
         cluster_bits: u32,
         (grace, upkeep): (Arc<Domain>, Arc<Upkeep>),
@@ -116,6 +123,8 @@ impl Writing {
             grace,
             upkeep,
             dirty: AtomicBool::new(false),
+            grown: AtomicBool::new(false),
+            other_tables,
             refcounts_too: AtomicBool::new(false),
             dirty_bit: AtomicBool::new(false),
             fenced: AtomicBool::new(false),
@@ -130,6 +139,11 @@ impl Writing {
     /// Whether the image on disk is what the guest sees, but for data in caches of the host.
     pub fn is_stable(&self) -> bool {
         !self.dirty.load(Ordering::Acquire)
+    }
+
+    /// Memory of cached refcount blocks, in bytes.
+    pub fn refcount_memory(&self) -> u64 {
+        self.lock().refcounts.memory()
     }
 
     /// Whether the image must not be used any more.
@@ -185,11 +199,6 @@ impl Image {
     fn let_go(w: &Writing, meta: &mut Meta, freed: &[Freed]) {
         if freed.is_empty() {
             return;
-        }
-        if mutation::broken(mutation::Mutation::ReuseBeforeFlush)
-            && mutation::broken(mutation::Mutation::ReuseInUse)
-        {
-            unreachable!("one mistake at a time");
         }
         let tag = w.grace.tag();
         freed.iter().for_each(|f| meta.limbo.push(*f, tag));

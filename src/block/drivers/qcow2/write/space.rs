@@ -96,7 +96,7 @@ impl Image {
     /// Releases clusters whose time has come. What cannot be released now stays for the next time.
     pub async fn reap(&self, w: &Writing) {
         let freed = w.lock().limbo.take(&w.grace);
-        self.discard_freed(&freed).await;
+        self.discard_freed(w, &freed).await;
         let mut left = freed.into_iter().peekable();
         while let Some(next) = left.peek().copied() {
             let end = next.cluster + 1;
@@ -152,34 +152,42 @@ impl Image {
     }
 
     /// Lets the file forget the content of clusters that nobody uses any more.
-    async fn discard_freed(&self, freed: &[Freed]) {
+    async fn discard_freed(&self, w: &Writing, freed: &[Freed]) {
         let mut clusters: Vec<u64> =
             freed.iter().filter(|f| f.discard).map(|f| f.cluster).collect();
         clusters.sort_unstable();
         clusters.dedup();
-        // Only what nobody else refers to.
-        clusters.retain(|cluster| self.is_last_reference(*cluster));
         let bits = self.geometry.cluster_bits;
         let mut at = 0;
         while at < clusters.len() {
             let first = clusters[at];
-            let mut end = at + 1;
-            while end < clusters.len() && clusters[end] == first + (end - at) as u64 {
-                end += 1;
+            let mut count = 0;
+            // Only what nobody else refers to.
+            while clusters.get(at) == Some(&(first + count)) && self.refcount(w, clusters[at]).await == Ok(1) {
+                at += 1;
+                count += 1;
             }
-            let (offset, len) = (first << bits, ((end - at) as u64) << bits);
+            let (offset, len) = (first << bits, count << bits);
             let len = len.min(self.file().len().saturating_sub(offset));
             // A hint: what fails is not forgotten, that is all.
             if len > 0 {
                 let _ = self.file().submit(Op::Discard { offset, len }).await;
             }
-            at = end;
+            at += usize::from(count == 0);
         }
     }
 
-    fn is_last_reference(&self, cluster: u64) -> bool {
-        let Some(w) = &self.writing else { return false };
-        matches!(w.lock().refcounts.get(cluster), Ok(1))
+    async fn refcount(&self, w: &Writing, cluster: u64) -> Result<u64, Errno> {
+        loop {
+            let count = w.lock().refcounts.get(cluster);
+            match count {
+                Ok(count) => return Ok(count),
+                Err(Blocked::Load { index, offset }) => {
+                    self.load_block_once(w, index, offset).await?;
+                }
+                Err(_) => return Err(Errno::EIO),
+            }
+        }
     }
 
     /// Makes the file at least `end` bytes long, in large steps: writes inside of a file do not wait for each other.

@@ -6,6 +6,7 @@ use super::limbo::Freed;
 use super::mutation::{Mutation, broken};
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::flight::Turn;
+use crate::block::drivers::qcow2::options::Overlap;
 use crate::block::drivers::qcow2::layout::{GuestOffset, HostOffset, L1Entry};
 use crate::block::{Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
@@ -73,7 +74,7 @@ impl Image {
         }
         let mut meta = w.lock();
         self.touch(w);
-        if w_wants(self) {
+        if self.choices.overlap_check.contains(Overlap::ACTIVE_L2) {
             w.tables.add(self.geometry.host_cluster(table), 1);
         }
         let entry = L1Entry { table: Some(table), copied: true };
@@ -153,10 +154,4 @@ impl Image {
         // With all slots waiting to be written back it is read like any other.
         let _ = self.cache.fill(self.slice_of(guest).0, &bytes);
     }
-}
-
-/// Whether L2 tables are to be protected.
-fn w_wants(image: &Image) -> bool {
-    use crate::block::drivers::qcow2::options::Overlap;
-    image.choices.overlap_check.contains(Overlap::ACTIVE_L2)
 }
