@@ -251,6 +251,13 @@ pub trait Driver: Send + Sync {
     /// generic layer does so.
     fn submit<'a>(&'a self, op: Op<'a>) -> IoFuture<'a>;
 
+    /// Sets the length of the node, both ways; what is added reads as zeroes. ENOTSUP where the length is given. It is as
+    /// stable as a write: after the next flush. The caller has nothing in flight past the smaller of the two lengths.
+    fn truncate(&self, len: u64) -> IoFuture<'_> {
+        let _ = len;
+        Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
+    }
+
     /// How reads are composed from other nodes, for drivers that answer `submit` of a read with [`super::walk::read`].
     fn resolver(&self) -> Option<&dyn Resolver> {
         None

@@ -102,6 +102,23 @@ impl Node {
         }
     }
 
+    /// Sets the length in bytes, both ways, where the driver can: see [`Driver::truncate`](super::Driver::truncate).
+    ///
+    /// # Errors
+    /// EPERM for a read-only node, EFBIG beyond [`LEN_MAX`]; else what the driver says.
+    pub async fn truncate(&self, len: u64) -> Result<(), Errno> {
+        if self.read_only() {
+            return Err(Errno::EPERM);
+        }
+        if len > LEN_MAX {
+            return Err(Errno(libc::EFBIG));
+        }
+        // A read-modify-write of the last block would bring back what is cut off.
+        let align = u64::from(self.driver().limits().request_align);
+        let _range = self.io().ranges.lock(len - len % align..u64::MAX, true).await;
+        self.driver().truncate(len).await
+    }
+
     fn check(&self, op: &Op<'_>) -> Result<(), Errno> {
         let (offset, len, changes) = match op {
             Op::Read { offset, to } => (*offset, to.len() as u64, false),

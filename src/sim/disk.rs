@@ -27,20 +27,41 @@ pub enum Request {
     Discard,
     /// A flush.
     Flush,
+    /// A change of the length.
+    Truncate,
+}
+
+/// How many kinds of request there are.
+pub(super) const KINDS: usize = Request::ALL.len();
+
+/// A request as it comes from a driver.
+#[derive(Clone, Copy)]
+pub(super) enum Work<'a> {
+    /// An operation.
+    Op(Op<'a>),
+    /// The length in bytes to be.
+    Truncate(u64),
 }
 
 impl Request {
     /// All kinds.
-    pub const ALL: [Request; 5] =
-        [Request::Read, Request::Write, Request::WriteZeroes, Request::Discard, Request::Flush];
+    pub const ALL: [Request; 6] = [
+        Request::Read,
+        Request::Write,
+        Request::WriteZeroes,
+        Request::Discard,
+        Request::Flush,
+        Request::Truncate,
+    ];
 
-    fn of(op: &Op<'_>) -> Request {
-        match op {
-            Op::Read { .. } => Request::Read,
-            Op::Write { .. } => Request::Write,
-            Op::WriteZeroes { .. } => Request::WriteZeroes,
-            Op::Discard { .. } => Request::Discard,
-            Op::Flush => Request::Flush,
+    fn of(work: &Work<'_>) -> Request {
+        match work {
+            Work::Op(Op::Read { .. }) => Request::Read,
+            Work::Op(Op::Write { .. }) => Request::Write,
+            Work::Op(Op::WriteZeroes { .. }) => Request::WriteZeroes,
+            Work::Op(Op::Discard { .. }) => Request::Discard,
+            Work::Op(Op::Flush) => Request::Flush,
+            Work::Truncate(_) => Request::Truncate,
         }
     }
 }
@@ -123,7 +144,7 @@ pub(super) struct Disk {
     pub(super) options: DiskOptions,
     pub(super) faults: Vec<Fault>,
     /// Requests issued, by kind.
-    pub(super) counts: [u64; 5],
+    pub(super) counts: [u64; KINDS],
     /// The error of every flush from now on.
     dead: Option<Errno>,
 }
@@ -173,7 +194,7 @@ impl State {
     pub(super) fn add(&mut self, spec: DiskSpec) -> usize {
         let DiskSpec { name, image, options } = spec;
         self.history.start.push((name.clone(), image.clone()));
-        let (faults, counts) = (Vec::new(), [0; 5]);
+        let (faults, counts) = (Vec::new(), [0; KINDS]);
         self.disks.push(Disk { name, image, options, faults, counts, dead: None });
         self.disks.len() - 1
     }
@@ -197,16 +218,16 @@ impl State {
     }
 
     /// A request comes in. Answers its number.
-    pub(super) fn issue(&mut self, disk: usize, op: &Op<'_>, waker: &Waker) -> u64 {
+    pub(super) fn issue(&mut self, disk: usize, work: &Work<'_>, waker: &Waker) -> u64 {
         self.requests += 1;
         let id = self.requests;
-        let request = Request::of(op);
+        let request = Request::of(work);
         let fault = self.disks[disk].take_fault(request);
-        let change = self.change_of(disk, op);
+        let change = self.change_of(disk, work);
         self.note(id << 8 | request as u64);
         match (&change, request) {
             (Some(change), _) => {
-                let (change, fua) = (change.clone(), is_fua(op));
+                let (change, fua) = (change.clone(), is_fua(work));
                 self.record(Event::Issued { op: id, disk, change, fua });
             }
             (None, Request::Flush) => self.record(Event::FlushIssued { op: id, disk }),
@@ -218,9 +239,13 @@ impl State {
         id
     }
 
-    fn change_of(&mut self, disk: usize, op: &Op<'_>) -> Option<Change> {
+    fn change_of(&mut self, disk: usize, work: &Work<'_>) -> Option<Change> {
         let Disk { image, options, .. } = &self.disks[disk];
-        match *op {
+        let op = match *work {
+            Work::Op(op) => op,
+            Work::Truncate(len) => return Some(Change::Length(len)),
+        };
+        match op {
             Op::Write { offset, from, .. } => Some(Change::Data(offset, bytes_of(from))),
             Op::WriteZeroes { offset, len, .. } if options.zeroes => {
                 Some(Change::Zero(offset, len))
@@ -275,15 +300,15 @@ impl State {
     }
 
     /// Completes a chosen request.
-    pub(super) fn complete(&mut self, id: u64, op: &Op<'_>) -> Result<(), Errno> {
+    pub(super) fn complete(&mut self, id: u64, work: &Work<'_>) -> Result<(), Errno> {
         let Some(at) = self.pending.iter().position(|p| p.id == id) else { return Err(Errno::EIO) };
         let Pending { disk, change, fault, .. } = self.pending.swap_remove(at);
         self.note(id << 8 | 0x80);
-        match (*op, change) {
-            (Op::Read { offset, to }, _) => self.read(disk, offset, to, fault),
-            (Op::Flush, _) => self.flush(id, disk, fault),
-            (Op::WriteZeroes { .. }, None) => Err(Errno::ENOTSUP),
-            (_, Some(change)) => self.change(id, disk, op, &change, fault),
+        match (*work, change) {
+            (Work::Op(Op::Read { offset, to }), _) => self.read(disk, offset, to, fault),
+            (Work::Op(Op::Flush), _) => self.flush(id, disk, fault),
+            (Work::Op(Op::WriteZeroes { .. }), None) => Err(Errno::ENOTSUP),
+            (_, Some(change)) => self.change(id, disk, work, &change, fault),
             (_, None) => fault.map_or(Ok(()), |f| Err(f.errno)),
         }
     }
@@ -316,7 +341,7 @@ impl State {
         for p in self.pending.iter().filter(|p| p.disk == disk && p.fault.is_none()) {
             let Some(change) = &p.change else { continue };
             let (offset, len) = change.range();
-            // Growth is not seen early: the length belongs to the completion.
+            // Growth is not seen early, nor the end of a truncate: the length belongs to the completion.
             let inside = offset + len <= self.disks[disk].image.len();
             if offset >= end || start >= offset + len || !inside || !self.rng.chance(1, 4) {
                 continue;
@@ -336,12 +361,11 @@ impl State {
         &mut self,
         id: u64,
         disk: usize,
-        op: &Op<'_>,
+        work: &Work<'_>,
         change: &Change,
         fault: Option<Fault>,
     ) -> Result<(), Errno> {
-        let (offset, len) = change.range();
-        let full = offset + len > self.disks[disk].options.capacity;
+        let full = change.end() > self.disks[disk].options.capacity;
         if full || fault.is_some() {
             let partial = !full && fault.is_some_and(|f| f.partial);
             let pieces: Vec<usize> =
@@ -352,7 +376,7 @@ impl State {
             self.record(Event::Failed { op: id, disk, pieces });
             return Err(fault.map_or(Errno::ENOSPC, |f| f.errno));
         }
-        let changed = self.torn_by_the_writer(op, change);
+        let changed = self.torn_by_the_writer(work, change);
         changed.as_ref().unwrap_or(change).apply(&mut self.disks[disk].image);
         self.record(Event::Done { op: id, disk, change: changed });
         Ok(())
@@ -360,8 +384,9 @@ impl State {
 
     /// The disk fetches the memory of a write at any time while it is in flight: if the memory has changed, each sector is
     /// the old or the new one.
-    fn torn_by_the_writer(&mut self, op: &Op<'_>, change: &Change) -> Option<Change> {
-        let (Op::Write { from, .. }, Change::Data(offset, before)) = (op, change) else {
+    fn torn_by_the_writer(&mut self, work: &Work<'_>, change: &Change) -> Option<Change> {
+        let (Work::Op(Op::Write { from, .. }), Change::Data(offset, before)) = (work, change)
+        else {
             return None;
         };
         let now = bytes_of(*from);
@@ -419,10 +444,10 @@ fn bytes_of(from: Sg<'_>) -> Arc<[u8]> {
     bytes.into()
 }
 
-fn is_fua(op: &Op<'_>) -> bool {
-    match op {
-        Op::Write { flags, .. } => flags.contains(WriteFlags::FUA),
-        Op::WriteZeroes { flags, .. } => flags.contains(ZeroFlags::FUA),
+fn is_fua(work: &Work<'_>) -> bool {
+    match work {
+        Work::Op(Op::Write { flags, .. }) => flags.contains(WriteFlags::FUA),
+        Work::Op(Op::WriteZeroes { flags, .. }) => flags.contains(ZeroFlags::FUA),
         _ => false,
     }
 }

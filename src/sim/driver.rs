@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 
 use serde_json::Value;
 
-use super::disk::State;
+use super::disk::{State, Work};
 use crate::block::perm::default_child_perms;
 use crate::block::{Driver, DriverDef, DriverKind, IoFuture, Limits, Op, OpenArgs};
 use crate::err;
@@ -88,7 +88,11 @@ impl Driver for SimDisk {
     }
 
     fn submit<'a>(&'a self, op: Op<'a>) -> IoFuture<'a> {
-        Box::pin(Io { disk: self, op, id: None, done: false })
+        Box::pin(Io { disk: self, work: Work::Op(op), id: None, done: false })
+    }
+
+    fn truncate(&self, len: u64) -> IoFuture<'_> {
+        Box::pin(Io { disk: self, work: Work::Truncate(len), id: None, done: false })
     }
 
     fn options_in_force(&self) -> Options {
@@ -99,7 +103,7 @@ impl Driver for SimDisk {
 /// One request on its way.
 struct Io<'a> {
     disk: &'a SimDisk,
-    op: Op<'a>,
+    work: Work<'a>,
     id: Option<u64>,
     done: bool,
 }
@@ -110,7 +114,7 @@ impl Future for Io<'_> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut state = lock(&self.disk.world);
         let Some(id) = self.id else {
-            let id = state.issue(self.disk.index, &self.op, cx.waker());
+            let id = state.issue(self.disk.index, &self.work, cx.waker());
             drop(state);
             self.id = Some(id);
             return Poll::Pending;
@@ -118,7 +122,7 @@ impl Future for Io<'_> {
         if !state.is_chosen(id, cx.waker()) {
             return Poll::Pending;
         }
-        let result = state.complete(id, &self.op);
+        let result = state.complete(id, &self.work);
         drop(state);
         self.done = true;
         Poll::Ready(result)

@@ -29,7 +29,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::disk::{DiskSpec, Fault, Request};
+use super::disk::{DiskSpec, Fault, KINDS, Request};
 use super::history::{Crash, History, Replay, Survivors};
 use super::model::{Model, Tag, tag_of};
 pub use super::seeds::{Failure, Report, seeds};
@@ -269,7 +269,7 @@ impl Life<'_> {
     }
 
     /// How many requests of each kind disk `disk` gets in a run without faults.
-    fn count(&self, disks: &[DiskSpec], disk: &str) -> Result<[u64; 5], String> {
+    fn count(&self, disks: &[DiskSpec], disk: &str) -> Result<[u64; KINDS], String> {
         let plan = Plan { fault: None, ..*self.plan };
         let quiet = Life { plan: &plan, ..*self };
         let sim = quiet.world(disks);

@@ -25,21 +25,36 @@ const COARSE: u64 = 1 << 16;
 /// A moment in a run; grows with everything that happens to a disk or a guest.
 pub type Time = u64;
 
-/// A change of a range.
+/// A change of a range, or of the length.
 #[derive(Clone, Debug)]
 pub(super) enum Change {
     /// These bytes are stored.
     Data(u64, Arc<[u8]>),
     /// The range becomes zero.
     Zero(u64, u64),
+    /// The image has this length. It may reach the medium before or after other changes; but a stable write past it
+    /// takes it along, as a journalling file system does.
+    Length(u64),
 }
 
 impl Change {
-    /// Offset and length in bytes.
+    /// Offset and length in bytes; of a new length: everything behind.
     pub(super) fn range(&self) -> (u64, u64) {
         match self {
             Change::Data(offset, bytes) => (*offset, bytes.len() as u64),
             Change::Zero(offset, len) => (*offset, *len),
+            Change::Length(len) => (*len, u64::MAX - len),
+        }
+    }
+
+    /// The length that the image has at least afterwards.
+    pub(super) fn end(&self) -> u64 {
+        match self {
+            Change::Length(len) => *len,
+            _ => {
+                let (offset, len) = self.range();
+                offset + len
+            }
         }
     }
 
@@ -52,12 +67,18 @@ impl Change {
 
     /// Into how many atomic pieces it may tear.
     pub(super) fn pieces(&self) -> usize {
+        if let Change::Length(_) = self {
+            return 1;
+        }
         let ((offset, len), unit) = (self.range(), self.unit());
         usize::try_from((offset + len).div_ceil(unit) - offset / unit).unwrap_or(usize::MAX)
     }
 
     /// Start and end in bytes of piece `n`.
     fn piece(&self, n: usize) -> (u64, u64) {
+        if let Change::Length(len) = self {
+            return (*len, u64::MAX);
+        }
         let ((offset, len), unit) = (self.range(), self.unit());
         let start = (offset / unit + n as u64) * unit;
         (start.max(offset), (start + unit).min(offset + len))
@@ -71,18 +92,22 @@ impl Change {
                 image.set_len(image.len().max(offset + len));
                 image.zero(*offset, *len);
             }
+            Change::Length(len) => image.set_len(*len),
         }
     }
 
     /// Applies one piece.
     pub(super) fn apply_piece(&self, image: &mut Pages, n: usize) {
         let (start, end) = self.piece(n);
-        image.set_len(image.len().max(end));
         match self {
+            Change::Length(len) => image.set_len(*len),
             Change::Data(offset, bytes) => {
                 image.write(start, &bytes[(start - offset) as usize..(end - offset) as usize]);
             }
-            Change::Zero(..) => image.zero(start, end - start),
+            Change::Zero(..) => {
+                image.set_len(image.len().max(end));
+                image.zero(start, end - start);
+            }
         }
     }
 }
@@ -311,7 +336,11 @@ impl Medium {
 
     /// A completed write is stable now: what was completed before it in the same place cannot come back.
     fn harden(&mut self, write: &Volatile) {
+        if !write.live.contains(&true) {
+            return;
+        }
         let (offset, len) = write.change.range();
+        self.harden_lengths_before(write);
         for other in &mut self.volatile {
             let (start, other_len) = other.change.range();
             let apart = start >= offset + len || offset >= start + other_len;
@@ -325,6 +354,20 @@ impl Medium {
         }
         for (piece, _) in write.live.iter().enumerate().filter(|(_, live)| **live) {
             write.change.apply_piece(&mut self.durable, piece);
+        }
+    }
+
+    /// A length past which a stable write lies was in the journal before it.
+    fn harden_lengths_before(&mut self, write: &Volatile) {
+        let before = |v: &Volatile| {
+            let earlier = v.completed.is_some_and(|t| Some(t) < write.completed);
+            earlier
+                && v.live[0]
+                && matches!(v.change, Change::Length(len) if len < write.change.end())
+        };
+        while let Some(at) = self.volatile.iter().position(before) {
+            let length = self.volatile.remove(at);
+            self.harden(&length);
         }
     }
 
@@ -350,8 +393,7 @@ impl Medium {
             }
             if all.is_none() && choice.rng.chance(1, 8) {
                 // The new length has reached the medium before the data.
-                let (offset, len) = write.change.range();
-                image.set_len(image.len().max(offset + len));
+                image.set_len(image.len().max(write.change.end()));
             }
         }
         image

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Wake, Waker};
 
-use super::disk::{DiskSpec, Fault, State};
+use super::disk::{DiskSpec, Fault, KINDS, State};
 use super::driver::{Shared, lock, register, unregister};
 use super::history::{History, Time};
 use super::{Pages, Rng};
@@ -235,7 +235,7 @@ impl Sim {
     ///
     /// # Panics
     /// If there is no such disk.
-    pub fn counts(&self, disk: &str) -> [u64; 5] {
+    pub fn counts(&self, disk: &str) -> [u64; KINDS] {
         self.with_disk(disk, |d| d.counts)
     }
 

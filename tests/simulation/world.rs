@@ -108,6 +108,59 @@ fn a_ragged_end_grows_by_read_modify_write() {
     assert_eq!(sim.image("d").to_vec(), want);
 }
 
+/// Cuts a disk of 8192 sevens to 1024 bytes, makes it 4096 long, and does `last`.
+fn truncated(last: impl AsyncFnOnce(&Node) -> Result<(), Errno>) -> Replay {
+    let sim = Sim::new(1);
+    let mut spec = DiskSpec::file("d", Pages::from_bytes(&[7; 8192]));
+    spec.options.capacity = 1 << 20;
+    let node = open(&sim, spec);
+    let done = sim.run(async move {
+        assert_eq!(node.truncate(1 << 21).await, Err(Errno::ENOSPC));
+        for len in [1024, 4096] {
+            node.truncate(len).await?;
+            assert_eq!(node.len(), len);
+        }
+        last(&node).await
+    });
+    assert_eq!(done, Ok(Ok(())));
+    let history = sim.take_history();
+    let mut replay = Replay::new(&history);
+    replay.advance(&history, history.len());
+    replay
+}
+
+/// A new length is a change like a write: kept or lost, until a flush or a stable write past it.
+#[test]
+fn a_truncate_survives_or_not() {
+    let crashed =
+        |replay: &Replay, crash, survivors| replay.crashed(crash, survivors)[0].1.to_vec();
+    let (old, short) = (vec![7; 8192], vec![7; 1024]);
+    let new = [vec![7; 1024], vec![0; 3072]].concat();
+
+    let replay = truncated(async |_| Ok(()));
+    // The one that failed, and two that did not.
+    assert_eq!(replay.volatile(Crash::Power), 3);
+    assert_eq!(crashed(&replay, Crash::Power, Survivors::None), old);
+    assert_eq!(crashed(&replay, Crash::Power, Survivors::All), new);
+    assert_eq!(crashed(&replay, Crash::Power, Survivors::AllBut(2)), short);
+    assert_eq!(crashed(&replay, Crash::Kill, Survivors::None), new);
+
+    let replay = truncated(async |node| node.submit(Op::Flush).await);
+    assert_eq!(replay.volatile(Crash::Power), 0);
+    assert_eq!(crashed(&replay, Crash::Power, Survivors::None), new);
+
+    let replay = truncated(async |node| write(node, 512, &[3; 512], WriteFlags::FUA).await);
+    assert_eq!(replay.volatile(Crash::Power), 3);
+    let seen = crashed(&replay, Crash::Power, Survivors::None);
+    assert_eq!(seen, [vec![7; 512], vec![3; 512], vec![7; 7168]].concat());
+
+    let replay = truncated(async |node| write(node, 8192, &[3; 512], WriteFlags::FUA).await);
+    for seed in 0..20 {
+        let seen = crashed(&replay, Crash::Power, Survivors::Random(seed));
+        assert_eq!(seen, [vec![7; 1024], vec![0; 7168], vec![3; 512]].concat());
+    }
+}
+
 #[test]
 fn time_is_virtual_and_calls_return_in_any_order() {
     let orders: Vec<Vec<u32>> = (0..20)

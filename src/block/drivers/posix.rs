@@ -71,6 +71,18 @@ pub fn clear_nonblock(fd: BorrowedFd<'_>) -> Result<()> {
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK) })
 }
 
+/// Sets the length of a file in bytes. Blocks.
+pub fn set_len(fd: RawFd, len: u64) -> Result<()> {
+    let len = libc::off_t::try_from(len).map_err(|_| Errno(libc::EFBIG))?;
+    loop {
+        // SAFETY: no memory is passed.
+        match check(unsafe { libc::ftruncate(fd, len) }) {
+            Err(Errno(libc::EINTR)) => {}
+            result => return result,
+        }
+    }
+}
+
 /// What direct I/O demands of (memory, offsets and lengths), in bytes, as the file system tells; `None` if it does
 /// not tell.
 pub fn direct_io_alignment(fd: BorrowedFd<'_>) -> Option<(u32, u32)> {

@@ -12,7 +12,7 @@ use crate::block::{
     Dir, Driver, DriverDef, DriverKind, Edge, IoFuture, Limits, Map, Op, OpenArgs, Recognises, Role,
 };
 use crate::err;
-use crate::error::Result;
+use crate::error::{Errno, Result};
 use crate::qapi::{Kind, OptionSpec, Options};
 
 /// `raw`.
@@ -119,6 +119,14 @@ impl Driver for Raw {
             Op::Discard { offset, len } => Op::Discard { offset: offset + add, len },
             Op::Flush => Op::Flush,
         })
+    }
+
+    fn truncate(&self, len: u64) -> IoFuture<'_> {
+        match (self.size, self.offset.checked_add(len)) {
+            (None, Some(len)) => Box::pin(self.child().node.truncate(len)),
+            (Some(_), _) => Box::pin(std::future::ready(Err(Errno::ENOTSUP))),
+            (None, None) => Box::pin(std::future::ready(Err(Errno(libc::EFBIG)))),
+        }
     }
 
     fn options_in_force(&self) -> Options {

@@ -39,7 +39,7 @@ pub(super) struct Medium {
     kind: Kind,
     access: Access,
     limits: Limits,
-    /// The length in bytes; grows with writes past the end.
+    /// The length in bytes; grows with writes past the end, changes with `truncate`.
     len: AtomicU64,
     /// The error of the first failed sync through the page cache; 0 = none.
     lost: AtomicI32,
@@ -132,6 +132,19 @@ impl Medium {
             }
         }
         self.grown_to(offset + from.len() as u64);
+        Ok(())
+    }
+
+    async fn set_len(&self, len: u64) -> Result<()> {
+        if self.kind != Kind::Regular {
+            return Err(Errno::ENOTSUP);
+        }
+        if !self.access.writable() {
+            return Err(Errno::EPERM);
+        }
+        let file = self.file.clone();
+        rt::blocking(move || posix::set_len(file.fd(), len)).await?;
+        self.len.store(len, Ordering::Relaxed);
         Ok(())
     }
 
@@ -265,6 +278,10 @@ impl Driver for Medium {
             Op::Discard { offset, len } => Box::pin(self.discard(offset, len)),
             Op::Flush => Box::pin(self.flush()),
         }
+    }
+
+    fn truncate(&self, len: u64) -> IoFuture<'_> {
+        Box::pin(self.set_len(len))
     }
 
     fn prepare_perms(&self, perms: Perms) -> ControlResult<()> {

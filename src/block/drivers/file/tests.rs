@@ -185,6 +185,57 @@ fn zeroes_past_the_end_grow_the_file() {
 }
 
 #[test]
+fn the_length_is_set_both_ways() {
+    let disk = disk();
+    for direct in [false, true] {
+        let path = image(disk.path(), 4 * PAGE);
+        let graph = Graph::new();
+        let options = json!({
+            "driver": "raw", "node-name": "r", "offset": PAGE, "auto-read-only": true,
+            "file": {
+                "driver": "file", "node-name": "f", "filename": path, "aio": "threads",
+                "cache": { "direct": direct },
+            },
+        });
+        let node = add(&graph, options).unwrap();
+        let file = graph.find("f").unwrap();
+        let truncate = |len| rt::block_on(node.truncate(len));
+        assert!(!node.driver().grows());
+        assert_eq!(truncate(0), Err(Errno::EPERM), "nobody writes");
+        let user = graph.attach_root(&node, "the test", Perms::device(true)).unwrap();
+        assert!(node.driver().grows());
+        let lens = || (node.len(), file.len(), std::fs::metadata(&path).unwrap().len());
+        assert_eq!(truncate(PAGE as u64), Ok(()));
+        assert_eq!(lens(), (4096, 8192, 8192));
+        assert_eq!(truncate(1 << 20), Ok(()));
+        assert_eq!(lens(), (1 << 20, (1 << 20) + 4096, (1 << 20) + 4096));
+        assert_eq!(read(&file, 0, 3 * PAGE), [vec![7; 2 * PAGE], vec![0; PAGE]].concat());
+        assert!(matches!(file.driver().map(Dir::Read, 1 << 20, 512), Map::File { .. }));
+        assert_eq!(truncate(u64::MAX), Err(Errno(libc::EFBIG)));
+        assert_eq!(truncate(1 << 62), Err(Errno(libc::EFBIG)), "what the file system says");
+        assert_eq!(lens().0, 1 << 20);
+        graph.detach(user);
+        assert_eq!(truncate(0), Err(Errno::EPERM));
+    }
+}
+
+#[test]
+fn a_length_that_is_given_stays() {
+    let disk = disk();
+    let path = image(disk.path(), 4 * PAGE);
+    let graph = Graph::new();
+    let file = json!({ "driver": "file", "filename": path, "aio": "threads" });
+    let raw = json!({ "driver": "raw", "node-name": "r", "size": PAGE, "file": file });
+    let null = json!({ "driver": "null-co", "node-name": "n" });
+    for options in [raw, null] {
+        let node = add(&graph, options).unwrap();
+        assert!(!node.driver().grows());
+        assert_eq!(rt::block_on(node.truncate(0)), Err(Errno::ENOTSUP));
+    }
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 4 * PAGE as u64);
+}
+
+#[test]
 fn a_failed_sync_is_never_forgotten() {
     let medium = |direct| {
         // fdatasync of a pipe fails.
