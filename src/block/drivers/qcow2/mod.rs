@@ -14,6 +14,8 @@ mod extension;
 mod features;
 mod flight;
 pub mod header;
+#[allow(dead_code, reason = "for the write path")]
+mod header_io;
 #[allow(dead_code, reason = "changes are the write path's side")]
 mod l1;
 pub mod layout;
