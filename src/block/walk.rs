@@ -71,30 +71,40 @@ pub async fn read<'a>(from: &'a dyn Resolver, offset: u64, to: Sg<'a>) -> Result
 
 /// Transfers that run side by side. None is ever dropped before its end.
 #[derive(Default)]
-struct Crew<'a> {
+pub struct Crew<'a> {
     running: Vec<IoFuture<'a>>,
     error: Option<Errno>,
 }
 
 impl<'a> Crew<'a> {
-    fn failed(&mut self, errno: Errno) {
+    /// One that could not even be started.
+    pub fn failed(&mut self, errno: Errno) {
         self.error.get_or_insert(errno);
     }
 
     /// Adds a transfer, and waits for another's end if there are too many.
-    async fn add(&mut self, transfer: IoFuture<'a>) {
+    pub async fn add(&mut self, transfer: IoFuture<'a>) {
         self.running.push(transfer);
         self.wait(SIDE_BY_SIDE - 1).await;
     }
 
-    async fn finish(mut self) -> Result<(), Errno> {
+    /// Whether nothing is running.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty()
+    }
+
+    /// Waits for all.
+    ///
+    /// # Errors
+    /// The first error of any.
+    pub async fn finish(mut self) -> Result<(), Errno> {
         self.wait(0).await;
         self.error.map_or(Ok(()), Err)
     }
 
     /// Waits for `future` and drives the transfers meanwhile: one of them may hold what `future`, or another request,
     /// waits for.
-    async fn meanwhile<T>(&mut self, mut future: Pin<Box<dyn Future<Output = T> + '_>>) -> T {
+    pub async fn meanwhile<T>(&mut self, mut future: Pin<Box<dyn Future<Output = T> + '_>>) -> T {
         poll_fn(|cx| {
             let result = future.as_mut().poll(cx);
             if result.is_pending() {

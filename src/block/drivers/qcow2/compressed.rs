@@ -5,7 +5,8 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flate2::{Decompress, FlushDecompress, Status};
 use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
@@ -30,14 +31,22 @@ pub struct Decompressor {
     kind: Compression,
     cluster: usize,
     flights: Flights,
+    memory: Mutex<Memory>,
+}
+
+/// The clusters remembered.
+#[derive(Default)]
+struct Memory {
     /// The newest last.
-    last: Mutex<VecDeque<(CompressedData, Arc<[u8]>)>>,
+    last: VecDeque<(CompressedData, Arc<[u8]>)>,
+    /// How often something was to be forgotten: what was read before that is not remembered any more.
+    forgotten: u64,
 }
 
 impl Decompressor {
     /// For clusters of `cluster` bytes.
     pub fn new(kind: Compression, cluster: usize) -> Decompressor {
-        Decompressor { kind, cluster, flights: Flights::default(), last: Mutex::default() }
+        Decompressor { kind, cluster, flights: Flights::default(), memory: Mutex::default() }
     }
 
     /// The cluster whose packed bytes are at `data`; `read` reads them. Requests for the same cluster at the same time
@@ -54,6 +63,7 @@ impl Decompressor {
             Turn::Found(cluster) => return Ok(cluster),
             Turn::Mine(flight) => flight,
         };
+        let forgotten = self.lock().forgotten;
         let packed = read().await?;
         let (kind, len) = (self.kind, self.cluster);
         let cluster = if len <= INLINE_MAX {
@@ -62,18 +72,34 @@ impl Decompressor {
             rt::blocking(move || unpack(kind, &packed, len)).await
         };
         let cluster: Arc<[u8]> = cluster.ok_or(Errno::EIO)?.into();
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.len() >= (KEEP_BYTES / len).clamp(1, KEEP_MAX) {
-            last.pop_front();
+        let mut memory = self.lock();
+        if memory.forgotten == forgotten {
+            if memory.last.len() >= (KEEP_BYTES / len).clamp(1, KEEP_MAX) {
+                memory.last.pop_front();
+            }
+            memory.last.push_back((data, Arc::clone(&cluster)));
         }
-        last.push_back((data, Arc::clone(&cluster)));
-        drop((last, flight));
+        drop((memory, flight));
         Ok(cluster)
     }
 
+    /// Drops what is remembered of data in the bytes `host` of the file: they are freed, and may soon hold something else.
+    #[allow(dead_code, reason = "for the write path")]
+    pub fn forget(&self, host: Range<u64>) {
+        let mut memory = self.lock();
+        memory.forgotten += 1;
+        memory.last.retain(|(CompressedData { offset, len }, _)| {
+            offset.0 >= host.end || offset.0 + len <= host.start
+        });
+    }
+
     fn find(&self, data: CompressedData) -> Option<Arc<[u8]>> {
-        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        last.iter().find(|(d, _)| *d == data).map(|(_, cluster)| Arc::clone(cluster))
+        let memory = self.lock();
+        memory.last.iter().find(|(d, _)| *d == data).map(|(_, cluster)| Arc::clone(cluster))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -116,6 +142,7 @@ fn unzstd(packed: &[u8], cluster: &mut [u8]) -> bool {
 mod tests {
     use std::io::Write;
 
+    use super::super::layout::HostOffset;
     use super::*;
 
     #[test]
@@ -138,5 +165,26 @@ mod tests {
             assert_eq!(unpack(kind, &[], 4096), None);
             assert_eq!(unpack(kind, &[0xff; 600], 4096), None);
         }
+    }
+
+    /// Freed data is not remembered, nor is what was on its way when it was freed; data beside it is.
+    #[test]
+    fn what_is_freed_is_forgotten() {
+        let packed = |byte: u8| zstd::bulk::compress(&[byte; 4096], 3).unwrap();
+        let data = |offset| CompressedData { offset: HostOffset(offset), len: 512 };
+        let decompressor = Decompressor::new(Compression::Zstd, 4096);
+        let get = |at, byte| {
+            let read = decompressor.get(data(at), async || Ok(packed(byte)));
+            rt::block_on(read).unwrap()[0]
+        };
+        assert_eq!((get(1024, 1), get(4096, 2), get(8192, 3)), (1, 2, 3));
+        decompressor.forget(1536..4097);
+        assert_eq!((get(1024, 9), get(4096, 9), get(8192, 9)), (1, 9, 3));
+        let freed = async || {
+            decompressor.forget(0..512);
+            Ok(packed(4))
+        };
+        assert_eq!(rt::block_on(decompressor.get(data(0), freed)).unwrap()[0], 4);
+        assert_eq!(get(0, 5), 5);
     }
 }
