@@ -180,6 +180,13 @@ impl Driver for Qcow2 {
         self.0.writing.as_ref().is_none_or(Writing::is_stable)
     }
 
+    fn truncate(&self, len: u64) -> IoFuture<'_> {
+        Box::pin(async move {
+            let w = self.0.writing.as_ref().ok_or(Errno::EPERM)?;
+            self.0.resize(w, len).await
+        })
+    }
+
     fn close(&self) -> IoFuture<'_> {
         Box::pin(self.0.close())
     }

@@ -1,9 +1,11 @@
 //! Opening an image: QEMU's order of checks, so that the same image fails with the same words.
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
+
 use serde_json::Value;
 
-use super::Qcow2;
+use super::{Image, Qcow2};
 use super::cache::SliceCache;
 use super::compressed::Decompressor;
 use super::flight::Flights;
@@ -42,7 +44,8 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
     let cache =
         SliceCache::new(choices.l2).map_err(|_| err!("Could not allocate metadata caches"))?;
     let cluster = to_usize(geometry.cluster_size())?;
-    Ok(Box::new(Qcow2 {
+    let image = Arc::new_cyclic(|me| Image {
+        me: me.clone(),
         edges,
         data,
         backing,
@@ -50,11 +53,15 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
         corruption: Corruption::default(),
         flights: Flights::default(),
         geometry,
+        size: header.size.into(),
+        l1_offset: header.l1_table_offset.0.into(),
         header,
         choices,
         l1,
         cache,
-    }))
+        writing: None,
+    });
+    Ok(Box::new(Qcow2(image)))
 }
 
 /// What the node is opened for. **The one place that says that this driver does not write yet**: the write path

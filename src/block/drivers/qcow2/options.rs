@@ -80,6 +80,21 @@ impl Overlap {
         .union(Overlap::REFCOUNT_BLOCK)
         .union(Overlap::INACTIVE_L1);
 
+    /// QEMU's words for one kind, in errors.
+    pub fn words(self) -> &'static str {
+        match self {
+            Overlap::MAIN_HEADER => "qcow2_header",
+            Overlap::ACTIVE_L1 => "active L1 table",
+            Overlap::ACTIVE_L2 => "active L2 table",
+            Overlap::REFCOUNT_BLOCK => "refcount block",
+            Overlap::REFCOUNT_TABLE => "refcount table",
+            Overlap::SNAPSHOT_TABLE => "snapshot table",
+            Overlap::INACTIVE_L1 => "inactive L1 table",
+            Overlap::INACTIVE_L2 => "inactive L2 table",
+            _ => "bitmap directory",
+        }
+    }
+
     /// By the names of QEMU's options.
     const NAMES: [(&str, Overlap); 9] = [
         ("main-header", Overlap::MAIN_HEADER),

@@ -72,7 +72,21 @@ impl Image {
     /// The mapping of `guest`'s cluster as far as it can be told without waiting. Takes no lock.
     pub fn look_up(&self, guest: GuestOffset) -> Option<Result<Mapping, BadEntry>> {
         let (slice, index) = self.slice_of(guest);
-        match self.cache.get(slice, index) {
+        self.by_entry(guest, self.cache.get(slice, index))
+    }
+
+    /// As [`Image::look_up`]; `None` says that the slice is not cached, rather than that an entry is being stored.
+    fn look_up_surely(&self, guest: GuestOffset) -> Option<Result<Mapping, BadEntry>> {
+        let (slice, index) = self.slice_of(guest);
+        self.by_entry(guest, self.cache.get_surely(slice, index))
+    }
+
+    fn by_entry(
+        &self,
+        guest: GuestOffset,
+        entry: Option<L2Entry>,
+    ) -> Option<Result<Mapping, BadEntry>> {
+        match entry {
             Some(entry) => Some(entry.decode(&self.geometry, self.geometry.cluster_start(guest))),
             None => {
                 let l1 = self.l1.get(self.geometry.l1_index(guest));
@@ -158,7 +172,7 @@ impl Image {
         let (slice, index) = self.slice_of(guest);
         let turn = match self.look_up(guest) {
             Some(found) => Turn::Found(found),
-            None => self.flights.turn(slice, || self.look_up(guest)).await,
+            None => self.flights.turn(slice, || self.look_up_surely(guest)).await,
         };
         let found = match turn {
             Turn::Found(found) => found,

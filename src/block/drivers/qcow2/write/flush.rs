@@ -87,7 +87,8 @@ impl Image {
         self.flush().await
     }
 
-    async fn write_back(&self, w: &Writing) -> Result<(), Errno> {
+    /// One round, for whoever leads it.
+    pub async fn write_back(&self, w: &Writing) -> Result<(), Errno> {
         if w.is_fenced() {
             return Err(Errno::EIO);
         }
@@ -115,7 +116,7 @@ impl Image {
         let mut meta = w.lock();
         if let Some(snapshot) = copies.refcounts {
             meta.refcounts.written(snapshot, ok);
-            Self::note_tables(w, &mut meta);
+            self.note_tables(w, &mut meta);
         }
         self.cache.written(&copies.slices, ok);
         self.l1.written(&copies.l1, ok);

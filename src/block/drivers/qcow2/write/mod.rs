@@ -26,6 +26,7 @@ mod flush;
 pub mod limbo;
 pub mod mutation;
 mod plan;
+mod resize;
 mod space;
 pub mod streams;
 mod table;
@@ -39,12 +40,16 @@ use std::time::{Duration, Instant};
 use super::Image;
 use super::flight::Flights;
 use super::header_io::HeaderIo;
-use super::layout::CompressedData;
-use super::options::Overlap;
+use super::header::Header;
+use super::layout::MAX_HOST_OFFSET;
+use super::opened::ForWriting;
+use super::options::{Choices, Overlap};
 use super::refcount::Refcounts;
 use super::tables::Tables;
 use crate::block::upkeep::Upkeep;
-use crate::error::Errno;
+use crate::block::{Graph, Node};
+use crate::err;
+use crate::error::{Errno, Result};
 use crate::rt::grace::Domain;
 use busy::Busy;
 use commit::Commit;
@@ -53,6 +58,11 @@ use streams::Streams;
 
 /// How long entries stay in memory only, at most, unless the guest flushes before.
 pub const WRITE_BACK_AFTER: Duration = Duration::from_secs(5);
+
+/// The map of metadata has room for this many times the clusters of the file, or of the disk, at least for this many more; a bit
+/// of address space for each.
+const TABLES_FOR: u64 = 8;
+const TABLES_MIN: u64 = 1 << 24;
 
 /// What a writable image has besides its tables.
 pub struct Writing {
@@ -97,39 +107,67 @@ struct Meta {
 
 impl Writing {
     /// For an image whose tables have been read.
+    ///
+    /// # Errors
+    /// No memory; a refcount table that contradicts itself.
     pub fn new(
-        refcounts: Refcounts,
-        tables: Tables,
-        other_tables: Vec<(Range<u64>, Overlap)>,
-        header: HeaderIo,
-        cluster_bits: u32,
-        (grace, upkeep): (Arc<Domain>, Arc<Upkeep>),
-    ) -> Writing {
+        file: &Node,
+        header: &Header,
+        choices: &Choices,
+        found: ForWriting,
+        graph: &Graph,
+    ) -> Result<Writing> {
+        let no_memory = |_| err!("Could not allocate metadata caches");
+        let geometry = header.geometry();
+        let (bits, cluster) = (geometry.cluster_bits, geometry.cluster_size());
+        // A device cannot grow, and what it holds beyond our clusters is not known to be zeroes.
+        let grows = file.driver().grows();
+        let limit = if grows { MAX_HOST_OFFSET >> bits } else { file.len() >> bits };
+        let in_use = file.len().div_ceil(cluster);
+        let refcounts = Refcounts::new(
+            geometry,
+            found.reftable,
+            header.refcount_table_offset,
+            header.refcount_table_clusters,
+            in_use,
+            limit,
+            usize::try_from(choices.refblocks).unwrap_or(usize::MAX),
+        );
+        let most = in_use.max(geometry.clusters_for(header.size)).saturating_mul(TABLES_FOR);
+        let tables = Tables::new(most.saturating_add(TABLES_MIN).min(MAX_HOST_OFFSET >> bits));
+        let tables = tables.map_err(no_memory)?;
+        for (range, _) in &found.tables {
+            tables.add(range.start, range.end - range.start);
+        }
+        if u64::from(file.driver().limits().request_align) > cluster {
+            // Metadata and data share blocks of the medium.
+            file.expect_ragged_writes(512);
+        }
         let meta = Meta {
-            refcounts,
-            streams: Streams::new(cluster_bits),
+            refcounts: refcounts.map_err(no_memory)?,
+            streams: Streams::new(bits),
             busy: Busy::default(),
             limbo: Limbo::default(),
             released: 0,
         };
-        Writing {
+        Ok(Writing {
             meta: Mutex::new(meta),
             tables,
+            other_tables: found.tables,
             commit: Commit::default(),
             blocks: Flights::default(),
             l2_tables: Flights::default(),
             growth: Flights::default(),
             no_windows: AtomicBool::new(false),
-            grace,
-            upkeep,
-            dirty: AtomicBool::new(false),
             grown: AtomicBool::new(false),
-            other_tables,
+            grace: Arc::clone(graph.grace()),
+            upkeep: Arc::clone(graph.upkeep()),
+            dirty: AtomicBool::new(false),
             refcounts_too: AtomicBool::new(false),
             dirty_bit: AtomicBool::new(false),
             fenced: AtomicBool::new(false),
-            header,
-        }
+            header: found.header,
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Meta> {
@@ -179,20 +217,15 @@ impl Image {
     }
 
     /// Takes the table clusters that the allocator has made, or freed, since the last time.
-    fn note_tables(w: &Writing, meta: &mut Meta) {
+    fn note_tables(&self, w: &Writing, meta: &mut Meta) {
+        let protected = self.choices.overlap_check.contains(Overlap::REFCOUNT_BLOCK);
         for change in meta.refcounts.take_changes() {
-            if change.added {
+            if change.added && protected {
                 w.tables.add(change.first, change.count);
-            } else {
+            } else if !change.added {
                 w.tables.remove(change.first, change.count);
             }
         }
-    }
-
-    /// The host clusters that compressed data is in, each of them referred to once.
-    fn clusters_of(&self, data: CompressedData) -> impl Iterator<Item = u64> + use<> {
-        let first = self.geometry.host_cluster(data.offset);
-        first..=self.geometry.host_cluster(data.offset.plus(data.len - 1))
     }
 
     /// An entry in memory has just lost these references.

@@ -291,7 +291,7 @@ impl Image {
             (HostOffset(start.0), None)
         } else {
             let run = meta.streams.allocate(&mut meta.refcounts, first, old.len() as u64);
-            Self::note_tables(w, meta);
+            self.note_tables(w, meta);
             let run = run.map_err(Need::Allocator)?;
             if w.tables.holds(run.first, run.count) {
                 return Err(Need::Overlap(HostOffset(run.first << g.cluster_bits)));
@@ -354,17 +354,18 @@ impl Image {
     }
 
     /// The host clusters that an entry refers to; none in an external data file, which has no refcounts.
-    pub fn references(&self, mapping: Mapping) -> impl Iterator<Item = u64> + use<> {
-        let range = match mapping {
-            Mapping::Compressed(data) => self.clusters_of(data),
+    pub fn references(&self, mapping: Mapping) -> std::ops::Range<u64> {
+        match mapping {
+            Mapping::Compressed(data) => {
+                let first = self.geometry.host_cluster(data.offset);
+                first..self.geometry.host_cluster(data.offset.plus(data.len - 1)) + 1
+            }
             Mapping::Standard { host: Some(host), .. } if !self.geometry.data_file => {
                 let cluster = self.geometry.host_cluster(host);
-                cluster..=cluster
+                cluster..cluster + 1
             }
-            #[expect(clippy::reversed_empty_ranges, reason = "nothing")]
-            Mapping::Standard { .. } => 1..=0,
-        };
-        range
+            Mapping::Standard { .. } => 0..0,
+        }
     }
 
     /// `[start, end)` rounded to whole subclusters.

@@ -101,7 +101,7 @@ impl Image {
         while let Some(next) = left.peek().copied() {
             let end = next.cluster + 1;
             let bits = self.geometry.cluster_bits;
-            self.compressed.forget(next.cluster << bits, end << bits);
+            self.compressed.forget(next.cluster << bits..end << bits);
             let result = {
                 let mut meta = w.lock();
                 let result = meta.refcounts.release(next.cluster);
@@ -113,7 +113,7 @@ impl Image {
                     }
                     self.touch_refcounts(w);
                 }
-                Self::note_tables(w, &mut meta);
+                self.note_tables(w, &mut meta);
                 result
             };
             let next_step = match result {
@@ -255,11 +255,16 @@ impl Image {
         if tables.into_iter().any(|e| e & super::super::layout::OFFSET_MASK == at) {
             return Overlap::ACTIVE_L2.words();
         }
-        match w.lock().refcounts.kind_of(cluster) {
-            Some(true) => return Overlap::REFCOUNT_TABLE.words(),
-            Some(false) => return Overlap::REFCOUNT_BLOCK.words(),
+        let meta = w.lock();
+        let mut ranges = meta.refcounts.tables().map(|(first, count)| first..first + count);
+        // The table itself comes first.
+        match ranges.position(|range| range.contains(&cluster)) {
+            Some(0) => return Overlap::REFCOUNT_TABLE.words(),
+            Some(_) => return Overlap::REFCOUNT_BLOCK.words(),
             None => {}
         }
+        drop(ranges);
+        drop(meta);
         if h.nb_snapshots > 0 && cluster == g.host_cluster(h.snapshots_offset) {
             return Overlap::SNAPSHOT_TABLE.words();
         }

@@ -21,7 +21,7 @@ impl Image {
     pub async fn cached_slice(&self, guest: GuestOffset) -> Result<(), Errno> {
         let (slice, index) = self.slice_of(guest);
         loop {
-            let look = || self.cache.get(slice, index).map(drop);
+            let look = || self.cache.get_surely(slice, index).map(drop);
             let flight = match self.flights.turn(slice, look).await {
                 Turn::Found(()) => return Ok(()),
                 Turn::Mine(flight) => flight,
@@ -96,7 +96,7 @@ impl Image {
             let run = {
                 let mut meta = w.lock();
                 let run = meta.refcounts.allocate(1, None);
-                Self::note_tables(w, &mut meta);
+                self.note_tables(w, &mut meta);
                 run
             };
             let run = match run {

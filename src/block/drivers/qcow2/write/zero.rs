@@ -23,6 +23,7 @@ use crate::block::drivers::qcow2::header::Autoclear;
 use crate::block::drivers::qcow2::layout::{GuestOffset, L1Entry, L2Entry, Mapping};
 use crate::block::{Op, ZeroFlags};
 use crate::error::Errno;
+use crate::rt::grace;
 
 /// So many slices are changed before others get their turn on the thread.
 const SLICES_PER_TURN: u32 = 64;
@@ -77,7 +78,7 @@ impl Image {
             self.in_data_file(Op::WriteZeroes { offset, len, flags }).await?;
         }
         let unmap = flags.contains(ZeroFlags::MAY_UNMAP);
-        self.change(w, offset, len, Wish::Zero { unmap }).await?;
+        self.change_entries(w, offset, len, Wish::Zero { unmap }).await?;
         self.stable(fua).await
     }
 
@@ -97,7 +98,36 @@ impl Image {
             // Its clusters have no refcounts and never belong to anybody else.
             self.in_data_file(Op::Discard { offset, len }).await?;
         }
-        self.change(w, offset, len, Wish::Discard).await
+        if self.choices.discard_no_unref && self.choices.pass_discard_request {
+            self.discard_kept(w, offset, len).await?;
+        }
+        self.change_entries(w, offset, len, Wish::Discard).await
+    }
+
+    /// Tells the file of clusters that keep their place: before their entries change, so that nobody's new data is there yet.
+    async fn discard_kept(&self, w: &Writing, offset: u64, len: u64) -> Result<(), Errno> {
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let guest = GuestOffset(at);
+            if let Some(n) = self.nothing_to_do(guest, end - at) {
+                at += n;
+                continue;
+            }
+            if self.look_up(guest).is_none() {
+                self.cached_slice(guest).await?;
+            }
+            let _pin = grace::enter(&w.grace);
+            at = match self.in_place(w, guest, end - at) {
+                Some((host, len)) => {
+                    match self.file().submit(Op::Discard { offset: host.0, len }).await {
+                        Ok(()) | Err(Errno::ENOTSUP) => at + len,
+                        Err(e) => return Err(e),
+                    }
+                }
+                None => (at + 1).next_multiple_of(self.geometry.cluster_size()),
+            };
+        }
+        Ok(())
     }
 
     fn raw_data_file(&self) -> bool {
@@ -121,7 +151,7 @@ impl Image {
         }
     }
 
-    async fn change(
+    async fn change_entries(
         &self,
         w: &Writing,
         offset: u64,
