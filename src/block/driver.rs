@@ -258,6 +258,13 @@ pub trait Driver: Send + Sync {
         Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
     }
 
+    /// The orderly end, after the last request: a format writes back what only it knows and clears its dirty bit. Called
+    /// for parents before their children, at most once by whoever ends the graph; a node that is merely dropped is not
+    /// closed.
+    fn close(&self) -> IoFuture<'_> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// How reads are composed from other nodes, for drivers that answer `submit` of a read with [`super::walk::read`].
     fn resolver(&self) -> Option<&dyn Resolver> {
         None

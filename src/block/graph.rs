@@ -185,8 +185,32 @@ impl Graph {
         drop(user);
     }
 
-    /// Forgets the nodes that the user defined, the last first. A node goes when its last user is gone; flushing is
-    /// the caller's business, before.
+    /// The orderly end, when nobody uses a node any more: closes the drivers of all nodes, parents before their children,
+    /// and forgets the nodes as [`Graph::close`] does. Whether all went well; failures are logged.
+    pub fn close_all(&self) -> bool {
+        let mut closed = true;
+        for node in self.parents_first() {
+            let result = rt::try_block_on(node.close()).and_then(|result| result);
+            if let Err(e) = result {
+                log::error!("node '{}': closing: {e}", node.name());
+                closed = false;
+            }
+        }
+        self.close();
+        closed
+    }
+
+    /// All open nodes, each after all of its parents.
+    fn parents_first(&self) -> Vec<Arc<Node>> {
+        let state = self.lock();
+        let mut nodes: Vec<_> = state.slots.values().collect();
+        // Every parent is higher than its children.
+        nodes.sort_by_key(|slot| std::cmp::Reverse(slot.height));
+        nodes.into_iter().filter_map(|slot| slot.node.upgrade()).collect()
+    }
+
+    /// Forgets the nodes that the user defined, the last first. A node goes when its last user is gone; flushing and
+    /// closing is the caller's business, before: see [`Graph::close_all`].
     pub fn close(&self) {
         let mut owned = std::mem::take(&mut self.lock().owned);
         while let Some(node) = owned.pop() {

@@ -119,6 +119,14 @@ impl Node {
         self.driver().truncate(len).await
     }
 
+    /// The orderly end of the driver, after the last request: see [`Driver::close`](super::Driver::close).
+    ///
+    /// # Errors
+    /// What the driver says; the node is of no further use all the same.
+    pub async fn close(&self) -> Result<(), Errno> {
+        self.driver().close().await
+    }
+
     fn check(&self, op: &Op<'_>) -> Result<(), Errno> {
         let (offset, len, changes) = match op {
             Op::Read { offset, to } => (*offset, to.len() as u64, false),
