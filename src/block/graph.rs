@@ -17,7 +17,7 @@ use super::{drivers, open};
 use crate::err;
 use crate::error::{Error, Result};
 use crate::qapi::Options;
-use crate::rt;
+use crate::rt::{self, grace};
 
 /// The most nodes on a way from a root to a leaf. Backing chains of some 200 images exist. Requests walk down without
 /// recursion; closing and permissions recurse, with frames that stay far below a thread's stack at this depth; opening
@@ -40,6 +40,7 @@ pub struct Graph {
     me: Weak<Graph>,
     drivers: &'static [&'static DriverDef],
     strict_formats: AtomicBool,
+    grace: Arc<grace::Domain>,
     state: Mutex<State>,
 }
 
@@ -105,6 +106,7 @@ impl Graph {
             me: me.clone(),
             drivers,
             strict_formats: AtomicBool::new(false),
+            grace: Arc::default(),
             state: Mutex::default(),
         })
     }
@@ -118,6 +120,11 @@ impl Graph {
     /// See [`Graph::set_strict_formats`].
     pub fn strict_formats(&self) -> bool {
         self.strict_formats.load(Ordering::Relaxed)
+    }
+
+    /// When can nobody who started earlier use a place on a disk any more: all requests of this graph's nodes take part.
+    pub fn grace(&self) -> &Arc<grace::Domain> {
+        &self.grace
     }
 
     /// Defines a node and, inline, its children: what `--blockdev` does. The node lives until [`Graph::close`].
