@@ -13,6 +13,7 @@ use super::driver::DriverDef;
 use super::links::{Link, LinkId, Slot, Slots, User, refresh};
 use super::node::{Node, Role};
 use super::perm::{Perm, Perms};
+use super::upkeep::Upkeep;
 use super::{drivers, open};
 use crate::err;
 use crate::error::{Error, Result};
@@ -41,6 +42,7 @@ pub struct Graph {
     drivers: &'static [&'static DriverDef],
     strict_formats: AtomicBool,
     grace: Arc<grace::Domain>,
+    upkeep: Arc<Upkeep>,
     state: Mutex<State>,
 }
 
@@ -94,6 +96,13 @@ impl RootUser {
     }
 }
 
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // Drivers may hold on to it.
+        self.upkeep.end();
+    }
+}
+
 impl Graph {
     /// An empty graph that knows all drivers.
     pub fn new() -> Arc<Graph> {
@@ -107,6 +116,7 @@ impl Graph {
             drivers,
             strict_formats: AtomicBool::new(false),
             grace: Arc::default(),
+            upkeep: Arc::default(),
             state: Mutex::default(),
         })
     }
@@ -125,6 +135,11 @@ impl Graph {
     /// When can nobody who started earlier use a place on a disk any more: all requests of this graph's nodes take part.
     pub fn grace(&self) -> &Arc<grace::Domain> {
         &self.grace
+    }
+
+    /// What must happen some time later. It ends with the graph.
+    pub fn upkeep(&self) -> &Arc<Upkeep> {
+        &self.upkeep
     }
 
     /// Defines a node and, inline, its children: what `--blockdev` does. The node lives until [`Graph::close`].
@@ -195,6 +210,8 @@ impl Graph {
     /// The orderly end, when nobody uses a node any more: closes the drivers of all nodes, parents before their children,
     /// and forgets the nodes as [`Graph::close`] does. Whether all went well; failures are logged.
     pub fn close_all(&self) -> bool {
+        // Beside the orderly end of a driver nothing may happen to it.
+        self.upkeep.end();
         let mut closed = true;
         for node in self.parents_first() {
             let result = rt::try_block_on(node.close()).and_then(|result| result);
