@@ -15,6 +15,7 @@ use crate::err;
 use crate::error::{Errno, Result};
 use crate::mem::Sg;
 use crate::qapi::{OptionSpec, Options};
+use crate::rt::grace;
 
 /// How QEMU names a driver in its errors, and what its children default to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -210,6 +211,12 @@ pub type ResolveFuture<'a> =
 /// The slow lane's reads of a driver that composes its bytes from those of other nodes. `io` walks through such drivers
 /// one after the other without recursion, so that a chain of hundreds needs no deep stack; see [`super::walk`].
 pub trait Resolver: Send + Sync {
+    /// A request comes in: before the first `resolve`, and held until all its transfers are done. A driver that gives
+    /// places on the disk to somebody else needs it, to know when nobody reads there any more.
+    fn enter(&self) -> Option<grace::Pin> {
+        None
+    }
+
     /// Where `[offset, offset + n)` lives, and n: at least 1, at most `len`. Unlike [`Driver::map`] it may wait. A child's
     /// range may hang over the child's end: zeroes there. [`Map::Slow`]: `fetch` reads that part.
     fn resolve(&self, offset: u64, len: u64) -> ResolveFuture<'_>;
@@ -247,6 +254,12 @@ pub trait Driver: Send + Sync {
         Map::Slow
     }
 
+    /// Whether no metadata that a reader of the disk would need waits in memory, now: a place that `map` answered before
+    /// may be written stably by itself. Never blocks, locks or allocates.
+    fn is_stable(&self) -> bool {
+        true
+    }
+
     /// Slow lane: any operation. `ENOTSUP` for a discard means "ignored", for write-zeroes "write zero bytes": the
     /// generic layer does so.
     fn submit<'a>(&'a self, op: Op<'a>) -> IoFuture<'a>;
@@ -256,6 +269,13 @@ pub trait Driver: Send + Sync {
     fn truncate(&self, len: u64) -> IoFuture<'_> {
         let _ = len;
         Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
+    }
+
+    /// The orderly end, after the last request: a format writes back what only it knows and clears its dirty bit. Called
+    /// for parents before their children, at most once by whoever ends the graph; a node that is merely dropped is not
+    /// closed.
+    fn close(&self) -> IoFuture<'_> {
+        Box::pin(std::future::ready(Ok(())))
     }
 
     /// How reads are composed from other nodes, for drivers that answer `submit` of a read with [`super::walk::read`].

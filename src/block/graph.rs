@@ -13,11 +13,12 @@ use super::driver::DriverDef;
 use super::links::{Link, LinkId, Slot, Slots, User, refresh};
 use super::node::{Node, Role};
 use super::perm::{Perm, Perms};
+use super::upkeep::Upkeep;
 use super::{drivers, open};
 use crate::err;
 use crate::error::{Error, Result};
 use crate::qapi::Options;
-use crate::rt;
+use crate::rt::{self, grace};
 
 /// The most nodes on a way from a root to a leaf. Backing chains of some 200 images exist. Requests walk down without
 /// recursion; closing and permissions recurse, with frames that stay far below a thread's stack at this depth; opening
@@ -40,6 +41,8 @@ pub struct Graph {
     me: Weak<Graph>,
     drivers: &'static [&'static DriverDef],
     strict_formats: AtomicBool,
+    grace: Arc<grace::Domain>,
+    upkeep: Arc<Upkeep>,
     state: Mutex<State>,
 }
 
@@ -93,6 +96,13 @@ impl RootUser {
     }
 }
 
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // Drivers may hold on to it.
+        self.upkeep.end();
+    }
+}
+
 impl Graph {
     /// An empty graph that knows all drivers.
     pub fn new() -> Arc<Graph> {
@@ -105,6 +115,8 @@ impl Graph {
             me: me.clone(),
             drivers,
             strict_formats: AtomicBool::new(false),
+            grace: Arc::default(),
+            upkeep: Arc::default(),
             state: Mutex::default(),
         })
     }
@@ -118,6 +130,16 @@ impl Graph {
     /// See [`Graph::set_strict_formats`].
     pub fn strict_formats(&self) -> bool {
         self.strict_formats.load(Ordering::Relaxed)
+    }
+
+    /// When can nobody who started earlier use a place on a disk any more: all requests of this graph's nodes take part.
+    pub fn grace(&self) -> &Arc<grace::Domain> {
+        &self.grace
+    }
+
+    /// What must happen some time later. It ends with the graph.
+    pub fn upkeep(&self) -> &Arc<Upkeep> {
+        &self.upkeep
     }
 
     /// Defines a node and, inline, its children: what `--blockdev` does. The node lives until [`Graph::close`].
@@ -185,8 +207,34 @@ impl Graph {
         drop(user);
     }
 
-    /// Forgets the nodes that the user defined, the last first. A node goes when its last user is gone; flushing is
-    /// the caller's business, before.
+    /// The orderly end, when nobody uses a node any more: closes the drivers of all nodes, parents before their children,
+    /// and forgets the nodes as [`Graph::close`] does. Whether all went well; failures are logged.
+    pub fn close_all(&self) -> bool {
+        // Beside the orderly end of a driver nothing may happen to it.
+        self.upkeep.end();
+        let mut closed = true;
+        for node in self.parents_first() {
+            let result = rt::try_block_on(node.close()).and_then(|result| result);
+            if let Err(e) = result {
+                log::error!("node '{}': closing: {e}", node.name());
+                closed = false;
+            }
+        }
+        self.close();
+        closed
+    }
+
+    /// All open nodes, each after all of its parents.
+    fn parents_first(&self) -> Vec<Arc<Node>> {
+        let state = self.lock();
+        let mut nodes: Vec<_> = state.slots.values().collect();
+        // Every parent is higher than its children.
+        nodes.sort_by_key(|slot| std::cmp::Reverse(slot.height));
+        nodes.into_iter().filter_map(|slot| slot.node.upgrade()).collect()
+    }
+
+    /// Forgets the nodes that the user defined, the last first. A node goes when its last user is gone; flushing and
+    /// closing is the caller's business, before: see [`Graph::close_all`].
     pub fn close(&self) {
         let mut owned = std::mem::take(&mut self.lock().owned);
         while let Some(node) = owned.pop() {

@@ -1,6 +1,7 @@
 //! Tests of the graph as a whole: opening, inheritance, names, permissions. With drivers of their own where a format
 //! is needed that owns its file as qcow2 does.
 
+use std::cell::RefCell;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
@@ -10,6 +11,7 @@ use super::*;
 use crate::block::drivers::{file, null, raw};
 use crate::block::perm::default_child_perms;
 use crate::block::{Driver, DriverKind, Edge, IoFuture, Limits, Op};
+use crate::error::Errno;
 
 /// A format that owns its `file` child, and may have a `backing` one.
 static FORMAT: DriverDef = DriverDef {
@@ -19,9 +21,11 @@ static FORMAT: DriverDef = DriverDef {
     open: |args| {
         let mut edges = vec![args.open_child("file", Role::File)?];
         edges.extend(args.open_child_if_given("backing", Role::Backing)?);
+        let fails_to_close = args.take_bool("fail-close")?.unwrap_or(false);
+        let name = args.node_name.to_owned();
         match args.take_bool("fail")? {
             Some(true) => Err(err!("broken header")),
-            _ => Ok(Box::new(Format { edges })),
+            _ => Ok(Box::new(Format { edges, name, fails_to_close })),
         }
     },
     recognises: crate::block::Recognises::Nothing,
@@ -30,8 +34,15 @@ static FORMAT: DriverDef = DriverDef {
 
 static DRIVERS: &[&DriverDef] = &[&FORMAT, &file::FILE, &null::NULL_CO, &raw::RAW];
 
+thread_local! {
+    /// The formats that were closed on this thread.
+    static CLOSED: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
+}
+
 struct Format {
     edges: Vec<Edge>,
+    name: String,
+    fails_to_close: bool,
 }
 
 impl Driver for Format {
@@ -47,8 +58,45 @@ impl Driver for Format {
     fn submit<'a>(&'a self, op: Op<'a>) -> IoFuture<'a> {
         self.edges[0].node.submit(op)
     }
+    fn close(&self) -> IoFuture<'_> {
+        Box::pin(async {
+            // The children still serve.
+            self.edges[0].node.submit(Op::Flush).await?;
+            CLOSED.with_borrow_mut(|closed| closed.push(self.name.clone()));
+            if self.fails_to_close { Err(Errno::EIO) } else { Ok(()) }
+        })
+    }
     fn options_in_force(&self) -> Options {
         Options::new()
+    }
+}
+
+#[test]
+fn parents_are_closed_before_their_children() {
+    for fails in [false, true] {
+        CLOSED.take();
+        let graph = graph();
+        let disk = |name: &str| json!({"driver": "null-co", "node-name": name});
+        add(&graph, disk("n")).unwrap();
+        let base = json!({"driver": "fmt", "node-name": "base", "file": "n", "read-only": true});
+        add(&graph, base).unwrap();
+        let middle = json!({
+            "driver": "fmt", "node-name": "middle", "file": disk("m"), "backing": "base",
+            "fail-close": fails,
+        });
+        let top =
+            json!({"driver": "fmt", "node-name": "top", "file": disk("t"), "backing": middle});
+        add(&graph, top).unwrap();
+        add(&graph, json!({"driver": "fmt", "node-name": "lone", "file": disk("l")})).unwrap();
+        assert_eq!(graph.close_all(), !fails);
+        let closed = CLOSED.take();
+        let at = |name: &str| closed.iter().position(|c| c == name).unwrap();
+        assert!(at("top") < at("middle") && at("middle") < at("base"), "{closed:?}");
+        assert_eq!((closed.len(), at("lone") < 4, graph.nodes().len()), (4, true, 0));
+        // Who merely forgets nodes does not close them.
+        add(&graph, json!({"driver": "fmt", "node-name": "lone", "file": disk("l")})).unwrap();
+        graph.close();
+        assert_eq!((CLOSED.take().len(), graph.nodes().len()), (0, 0));
     }
 }
 

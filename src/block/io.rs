@@ -35,6 +35,8 @@ pub struct Located<'a> {
     pub map: Map<'a>,
     /// Stability need not be asked for.
     pub no_flush: bool,
+    /// Of a write: that the bytes are stable is not enough, see [`Driver::is_stable`](super::Driver::is_stable).
+    pub unstable: bool,
 }
 
 fn ready<'a>(result: Result<(), Errno>) -> IoFuture<'a> {
@@ -47,17 +49,19 @@ impl Node {
     /// The range must be inside the node, and `len` not 0.
     #[inline]
     pub fn locate(&self, dir: Dir, offset: u64, len: u64) -> Located<'_> {
-        let (mut node, mut offset, mut no_flush) = (self, offset, false);
+        let (mut node, mut offset) = (self, offset);
+        let (mut no_flush, mut unstable) = (false, false);
         for _ in 0..FAST_DEPTH {
             let stop = dir == Dir::Write && !node.fast_writes();
             no_flush |= node.ignores_flushes();
             let map = if stop { Map::Slow } else { node.driver().map(dir, offset, len) };
+            unstable |= dir == Dir::Write && !node.driver().is_stable();
             match map {
                 Map::Child { child, offset: at } => (node, offset) = (child, at),
-                map => return Located { map, no_flush },
+                map => return Located { map, no_flush, unstable },
             }
         }
-        Located { map: Map::Slow, no_flush }
+        Located { map: Map::Slow, no_flush, unstable }
     }
 
     fn fast_writes(&self) -> bool {
@@ -117,6 +121,14 @@ impl Node {
         let align = u64::from(self.driver().limits().request_align);
         let _range = self.io().ranges.lock(len - len % align..u64::MAX, true).await;
         self.driver().truncate(len).await
+    }
+
+    /// The orderly end of the driver, after the last request: see [`Driver::close`](super::Driver::close).
+    ///
+    /// # Errors
+    /// What the driver says; the node is of no further use all the same.
+    pub async fn close(&self) -> Result<(), Errno> {
+        self.driver().close().await
     }
 
     fn check(&self, op: &Op<'_>) -> Result<(), Errno> {

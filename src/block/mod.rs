@@ -30,6 +30,7 @@ pub mod node;
 mod open;
 pub mod perm;
 pub mod print;
+pub mod upkeep;
 pub mod walk;
 
 use std::future::Future;

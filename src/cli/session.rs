@@ -176,12 +176,12 @@ impl Session {
 
     /// Ends everything in order: connections, exports, nodes, and then the sockets' names.
     ///
-    /// Whether everything that guests wrote is stable.
+    /// Whether everything that guests wrote is stable, and all nodes were closed in order.
     pub fn close(mut self) -> bool {
         let flushed = self.exports.stop();
-        self.graph.close();
+        let closed = self.graph.close_all();
         self.exports.remove_sockets();
-        flushed
+        flushed && closed
     }
 }
 

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
 use super::Shared;
-use super::request::{Action, Disk, Slot, Slow, bytes};
+use super::request::{Action, Disk, Slot, Slow, Transfer, bytes};
 use crate::block::io::aligned_for;
 use crate::block::{Dir, Map};
 use crate::error::Errno;
 use crate::mem::{GuestMap, Sg};
+use crate::rt::grace::Participant;
 use crate::rt::{IOV_MAX, Reactor, Rw};
 use crate::virtio::blk::Status;
 use crate::virtio::ring::{Broken, Ring};
@@ -124,8 +125,8 @@ impl Queue {
 
     /// Takes the next chain and starts what it asks for. `None`: the ring broke.
     #[inline]
-    pub fn take_one(&mut self, reactor: &mut Reactor) -> Option<Started> {
-        match self.try_take(reactor) {
+    pub fn take_one(&mut self, reactor: &mut Reactor, grace: &Participant) -> Option<Started> {
+        match self.try_take(reactor, grace) {
             Ok(started) => Some(started),
             Err(broken) => {
                 self.break_ring(broken.0);
@@ -135,7 +136,7 @@ impl Queue {
     }
 
     #[inline]
-    fn try_take(&mut self, reactor: &mut Reactor) -> Result<Started, Broken> {
+    fn try_take(&mut self, reactor: &mut Reactor, grace: &Participant) -> Result<Started, Broken> {
         let head = self.ring.pop()?;
         let slot = &mut self.slots[usize::from(head)];
         if slot.busy {
@@ -158,7 +159,7 @@ impl Queue {
         match action {
             Action::Finished(status) => self.finish(head, status),
             Action::Transfer { write, offset } => {
-                if !self.start_transfer(reactor, head, write, offset) {
+                if !self.start_transfer((reactor, grace), head, write, offset) {
                     return Ok(Started::Slow(head, self.slow(head, action)));
                 }
             }
@@ -171,7 +172,7 @@ impl Queue {
     #[inline]
     fn start_transfer(
         &mut self,
-        reactor: &mut Reactor,
+        (reactor, grace): (&mut Reactor, &Participant),
         head: u16,
         write: bool,
         offset: u64,
@@ -182,26 +183,34 @@ impl Queue {
         // The kernel answers with 31 bits; what is longer is split in the slow lane.
         let Ok(expected) = i32::try_from(len) else { return false };
         let dir = if write { Dir::Write } else { Dir::Read };
+        let entry = grace.enter();
         let located = self.shared.root.locate(dir, offset, len);
-        match located.map {
+        let stable = write && (self.write_through || !self.shared.writeback()) && !located.no_flush;
+        let done = match located.map {
+            // The tables that lead there must become stable, too.
+            _ if stable && located.unstable => false,
             Map::File { file, offset: at }
                 if data.len() <= IOV_MAX && aligned_for(file, at, len, data) =>
             {
-                let stable =
-                    write && (self.write_through || !self.shared.writeback()) && !located.no_flush;
                 // SAFETY: the root node keeps the file open, the slot keeps the array as long as it is busy, the ring
                 // keeps the guest's memory mapped; a queue is dropped or remapped only when nothing is in flight.
                 let rw = unsafe { Rw::new(file, write, data, at, stable) };
                 reactor.submit(file, &rw, payload(self.index, head));
-                slot.transfer = Some((write, offset, expected));
+                slot.transfer = Some(Transfer { write, offset, len: expected, entry });
                 return true;
             }
-            Map::Zero if !write && len <= ZERO_MAX => Sg::new(data).zero(),
-            Map::Null => {}
-            _ => return false,
+            Map::Zero if !write && len <= ZERO_MAX => {
+                Sg::new(data).zero();
+                true
+            }
+            Map::Null => true,
+            _ => false,
+        };
+        grace.leave(entry);
+        if done {
+            self.finish(head, Status::Ok);
         }
-        self.finish(head, Status::Ok);
-        true
+        done
     }
 
     fn slow(&mut self, head: u16, action: Action) -> Slow {
@@ -224,15 +233,19 @@ impl Queue {
     /// The kernel's answer to a fast-lane request. A transfer that failed or was cut short (end of file, signal) is done again
     /// in the slow lane, which knows what to make of it; an error of a stable write must be seen by the driver.
     #[inline]
-    pub fn fast_done(&mut self, head: u16, result: i32) -> Option<Slow> {
-        match self.slots[usize::from(head)].transfer.take() {
-            Some((_, _, len)) if result == len => self.finish(head, Status::Ok),
-            Some((write, offset, _)) => {
-                return Some(self.slow(head, Action::Transfer { write, offset }));
-            }
-            None => self.finish(head, Status::IoErr),
+    pub fn fast_done(&mut self, head: u16, result: i32, grace: &Participant) -> Option<Slow> {
+        let Some(transfer) = self.slots[usize::from(head)].transfer.take() else {
+            self.finish(head, Status::IoErr);
+            return None;
+        };
+        // The slow lane finds the place anew.
+        grace.leave(transfer.entry);
+        if result == transfer.len {
+            self.finish(head, Status::Ok);
+            return None;
         }
-        None
+        let Transfer { write, offset, .. } = transfer;
+        Some(self.slow(head, Action::Transfer { write, offset }))
     }
 
     /// The slow lane's answer.

@@ -16,6 +16,7 @@ use crate::block::io::BOUNCE_MAX;
 use crate::block::{Node, Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
 use crate::mem::{GuestMap, IoVec, Sg};
+use crate::rt::grace::Entry;
 use crate::virtio::blk::{
     self, DISCARD_SECTORS_MAX, DISCARD_SEGMENTS_MAX, HEADER_LEN, Header, SECTOR, SEGMENT_LEN,
     Segment, Status, ZEROES_SECTORS_MAX, ZEROES_SEGMENTS_MAX,
@@ -105,8 +106,21 @@ pub struct Slot {
     pub used_len: u32,
     /// What the slow lane is doing for it.
     pub doing: Doing,
-    /// The transfer in the kernel: direction, byte offset on the disk, length.
-    pub transfer: Option<(bool, u64, i32)>,
+    /// The transfer in the kernel.
+    pub transfer: Option<Transfer>,
+}
+
+/// A transfer in the kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Transfer {
+    /// To the disk.
+    pub write: bool,
+    /// First byte on the disk.
+    pub offset: u64,
+    /// Length in bytes: what the kernel answers if all went well.
+    pub len: i32,
+    /// Since when its place must not be given to somebody else.
+    pub entry: Entry,
 }
 
 impl Slot {

@@ -17,6 +17,7 @@ use super::queue::{Queue, Started, from_payload, payload};
 use super::request::Slow;
 use crate::error::Errno;
 use crate::mem::GuestMap;
+use crate::rt::grace::{Domain, Participant};
 use crate::rt::poll::Policy;
 use crate::rt::{Event, Inbox, Installed, Runtime, WaitKind, best_wait_kind};
 
@@ -55,6 +56,7 @@ type Done = Rc<RefCell<Vec<(u64, u64, Result<(), Errno>)>>>;
 
 struct Worker {
     rt: Installed,
+    grace: Participant,
     queues: Vec<Queue>,
     policy: Policy,
     /// Of the machine.
@@ -67,11 +69,11 @@ struct Worker {
     quit: bool,
 }
 
-/// Runs a worker on the calling thread; its mailbox is sent to `ready` first.
+/// Runs a worker on the calling thread; its mailbox is sent to `ready` first. Its requests take part in `grace`.
 ///
 /// # Errors
 /// If the thread cannot have a runtime.
-pub fn run(poll_max_ns: u64, ready: &SyncSender<Result<Arc<Inbox>, Errno>>) {
+pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<Inbox>, Errno>>) {
     // io_uring may have become unavailable since it was found out (memory limits, the administrator).
     let installed = Runtime::install(best_wait_kind()).or_else(|e| {
         log::warn!("waiting in epoll: {e}");
@@ -88,6 +90,7 @@ pub fn run(poll_max_ns: u64, ready: &SyncSender<Result<Arc<Inbox>, Errno>>) {
     ready.send(Ok(Arc::clone(rt.inbox()))).unwrap_or_default();
     let mut worker = Worker {
         rt,
+        grace: Participant::new(grace),
         queues: Vec::new(),
         policy: Policy::new(poll_max_ns),
         processors: std::thread::available_parallelism().map_or(1, usize::from),
@@ -129,13 +132,20 @@ impl Worker {
         let mut full = false;
         for q in &mut self.queues {
             let room = IN_FLIGHT_MAX.saturating_sub(reactor.in_flight() + self.rt.executor.tasks());
-            for _ in 0..q.available(room) {
+            let available = q.available(room);
+            if available == 0 {
+                full |= room == 0;
+                continue;
+            }
+            // Only the first request of a thread pays for being seen by others: so it is one for all that come now.
+            let all = self.grace.enter();
+            for _ in 0..available {
                 full = reactor.turn_is_full() || self.slow_bytes >= SLOW_BYTES_MAX;
                 if full {
                     break;
                 }
                 progress = true;
-                match q.take_one(&mut reactor) {
+                match q.take_one(&mut reactor, &self.grace) {
                     Some(Started::Fast) => {}
                     Some(Started::Slow(head, slow)) => {
                         self.slow_bytes += slow.weight();
@@ -144,7 +154,7 @@ impl Worker {
                     None => break,
                 }
             }
-            full |= room == 0;
+            self.grace.leave(all);
         }
         if full {
             // The next turn begins with another queue, so that none starves.
@@ -168,7 +178,7 @@ impl Worker {
             progress = true;
             let (index, head) = from_payload(token);
             if let Some(q) = queue(&mut self.queues, index)
-                && let Some(slow) = q.fast_done(head, result)
+                && let Some(slow) = q.fast_done(head, result, &self.grace)
             {
                 self.slow_bytes += slow.weight();
                 spawn(&self.rt, &self.done, token, slow);

@@ -2,7 +2,7 @@
 //!
 //! Requests find places on the disk without a lock ([`crate::block::Driver::map`]) and use them until they complete.
 //! A place that is freed meanwhile must not be given to somebody else before all requests that may have found it are
-//! done. Requests [`enter`](Participant::enter) and [`leave`](Participant::leave); whoever takes something away notes
+//! done. Requests enter ([`enter`], [`Participant::enter`]) and leave; whoever takes something away notes
 //! the [`tag`](Domain::tag) afterwards and may reuse it once the tag [`has passed`](Domain::passed).
 //!
 //! This is epoch-based reclamation with many requests per thread. The epoch may advance from `e` to `e + 1` only when
@@ -15,17 +15,19 @@
 
 #[cfg(not(loom))]
 use std::sync::{
-    Arc, Mutex,
+    Mutex,
     atomic::{AtomicU64, Ordering, fence},
 };
 
 #[cfg(loom)]
 use loom::sync::{
-    Arc, Mutex,
+    Mutex,
     atomic::{AtomicU64, Ordering, fence},
 };
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::{Arc, Weak};
 
 /// Published by a thread without requests.
 const IDLE: u64 = u64::MAX;
@@ -79,9 +81,8 @@ impl Domain {
     }
 }
 
-/// One thread's side. Not shared: its requests enter and leave on this thread.
-pub struct Participant {
-    domain: Arc<Domain>,
+/// One thread's place in a domain. Not shared: its requests enter and leave on this thread.
+struct Seat {
     published: Arc<AtomicU64>,
     /// Requests by the epoch in which they entered, modulo 3; two of them are in use.
     counts: [Cell<u32>; 3],
@@ -94,13 +95,11 @@ pub struct Participant {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Entry(u64);
 
-impl Participant {
-    /// Makes the calling thread a participant of `domain`.
-    pub fn new(domain: &Arc<Domain>) -> Participant {
+impl Seat {
+    fn new(domain: &Domain) -> Seat {
         let published = Arc::new(AtomicU64::new(IDLE));
         domain.threads.lock().expect("no holder panics").push(Arc::clone(&published));
-        Participant {
-            domain: Arc::clone(domain),
+        Seat {
             published,
             counts: [const { Cell::new(0) }; 3],
             oldest: Cell::new(0),
@@ -109,15 +108,15 @@ impl Participant {
         }
     }
 
-    /// The domain.
-    pub fn domain(&self) -> &Arc<Domain> {
-        &self.domain
+    fn give_up(&self, domain: &Domain) {
+        let mut threads = domain.threads.lock().expect("no holder panics");
+        threads.retain(|t| !Arc::ptr_eq(t, &self.published));
     }
 
-    /// A request starts: what it finds from now on stays until it leaves.
     #[inline]
-    pub fn enter(&self) -> Entry {
-        let epoch = if self.total.get() == 0 { self.announce() } else { self.current() };
+    fn enter(&self, domain: &Domain) -> Entry {
+        let epoch =
+            if self.total.get() == 0 { self.announce(domain) } else { self.current(domain) };
         let count = &self.counts[(epoch % 3) as usize];
         count.set(count.get() + 1);
         self.total.set(self.total.get() + 1);
@@ -125,12 +124,12 @@ impl Participant {
     }
 
     /// The first request after idleness: its epoch must be visible before it looks at anything.
-    fn announce(&self) -> u64 {
+    fn announce(&self, domain: &Domain) -> u64 {
         loop {
-            let epoch = self.domain.epoch.load(Ordering::SeqCst);
-            self.published.store(epoch, Ordering::SeqCst);
+            let epoch = domain.epoch.load(Ordering::SeqCst);
+            self.published.store(epoch, Ordering::Relaxed);
             fence(Ordering::SeqCst);
-            if self.domain.epoch.load(Ordering::SeqCst) == epoch {
+            if domain.epoch.load(Ordering::SeqCst) == epoch {
                 self.oldest.set(epoch);
                 self.seen.set(epoch);
                 return epoch;
@@ -140,8 +139,8 @@ impl Participant {
 
     /// The older requests keep the epoch from running away; a new epoch is looked at behind a fence.
     #[inline]
-    fn current(&self) -> u64 {
-        let epoch = self.domain.epoch.load(Ordering::Acquire);
+    fn current(&self, domain: &Domain) -> u64 {
+        let epoch = domain.epoch.load(Ordering::Acquire);
         if epoch != self.seen.get() {
             fence(Ordering::SeqCst);
             self.seen.set(epoch);
@@ -149,9 +148,8 @@ impl Participant {
         epoch
     }
 
-    /// A request is done.
     #[inline]
-    pub fn leave(&self, entry: Entry) {
+    fn leave(&self, entry: Entry) {
         let count = &self.counts[(entry.0 % 3) as usize];
         count.set(count.get() - 1);
         let total = self.total.get() - 1;
@@ -166,11 +164,82 @@ impl Participant {
     }
 }
 
+/// A thread that takes part in a domain as long as it has this: for workers, whose requests' entries are in their slots.
+pub struct Participant {
+    domain: Arc<Domain>,
+    seat: Seat,
+}
+
+impl Participant {
+    /// Makes the calling thread a participant of `domain`.
+    pub fn new(domain: &Arc<Domain>) -> Participant {
+        Participant { seat: Seat::new(domain), domain: Arc::clone(domain) }
+    }
+
+    /// A request starts: what it finds from now on stays until it leaves.
+    #[inline]
+    pub fn enter(&self) -> Entry {
+        self.seat.enter(&self.domain)
+    }
+
+    /// A request is done.
+    #[inline]
+    pub fn leave(&self, entry: Entry) {
+        self.seat.leave(entry);
+    }
+}
+
 impl Drop for Participant {
     fn drop(&mut self) {
-        let mut threads = self.domain.threads.lock().expect("no holder panics");
-        threads.retain(|t| !Arc::ptr_eq(t, &self.published));
+        self.seat.give_up(&self.domain);
     }
+}
+
+/// A thread's seat in a domain that it entered by [`enter`]; goes with the thread and its last pin.
+struct Place {
+    domain: Weak<Domain>,
+    seat: Seat,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(domain) = self.domain.upgrade() {
+            self.seat.give_up(&domain);
+        }
+    }
+}
+
+thread_local! {
+    static PLACES: RefCell<Vec<Rc<Place>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A request that is under way on this thread; done when it is dropped.
+pub struct Pin {
+    place: Rc<Place>,
+    entry: Entry,
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        self.place.seat.leave(self.entry);
+    }
+}
+
+/// A request of the slow lane starts on the calling thread: what it finds from now on stays until the pin is dropped.
+pub fn enter(domain: &Arc<Domain>) -> Pin {
+    let place = PLACES.with_borrow_mut(|places| {
+        let mine =
+            places.iter().find(|place| std::ptr::eq(place.domain.as_ptr(), &raw const **domain));
+        if let Some(place) = mine {
+            return Rc::clone(place);
+        }
+        places.retain(|place| place.domain.strong_count() > 0);
+        let place = Rc::new(Place { domain: Arc::downgrade(domain), seat: Seat::new(domain) });
+        places.push(Rc::clone(&place));
+        place
+    });
+    let entry = place.seat.enter(domain);
+    Pin { place, entry }
 }
 
 #[cfg(all(test, not(loom)))]
@@ -208,6 +277,41 @@ mod tests {
             }
         }
         a.leave(running);
+    }
+
+    #[test]
+    fn pins_hold_back_until_they_are_dropped() {
+        let domain = Arc::new(Domain::default());
+        let other = Arc::new(Domain::default());
+        let (outer, inner) = (enter(&domain), enter(&domain));
+        let tag = domain.tag();
+        let elsewhere = enter(&other);
+        drop(outer);
+        assert!(!domain.passed(tag));
+        drop(inner);
+        assert!(domain.passed(tag) && !other.passed(other.tag()));
+        drop(elsewhere);
+        assert!(other.passed(other.tag()));
+        // One seat for each thread and domain; a new one needs no more than the old.
+        drop((enter(&domain), enter(&domain)));
+        assert_eq!(domain.threads.lock().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn seats_go_with_their_threads_and_domains() {
+        let domain = Arc::new(Domain::default());
+        std::thread::scope(|s| {
+            s.spawn(|| drop(enter(&domain))).join().unwrap();
+        });
+        assert!(domain.threads.lock().unwrap().is_empty());
+        let known = || PLACES.with_borrow(|places| places.len());
+        for _ in 0..3 {
+            let short_lived = Arc::new(Domain::default());
+            let pin = enter(&short_lived);
+            assert_eq!((Arc::strong_count(&short_lived), known()), (1, 1));
+            drop(short_lived);
+            drop(pin);
+        }
     }
 
     #[test]

@@ -63,7 +63,8 @@ pub struct Disk {
     pub export: Arc<Export>,
     /// Its root.
     pub node: Arc<Node>,
-    graph: Arc<Graph>,
+    /// The graph.
+    pub graph: Arc<Graph>,
     server: Option<Server>,
     dir: TempDir,
 }

@@ -1,12 +1,13 @@
 //! A driver for tests: bytes in memory, a log of what was asked, a gate that holds completions back, and failures on demand.
 //!
 //! With `fast`, reads of it are located in a pipe ([`Probe::pour`] lets them complete): a request of the fast lane that
-//! stays in the kernel for as long as a test wants.
+//! stays in the kernel for as long as a test wants. With `in-place`, writes of it are located in a file of their own.
 
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard};
 use std::task::{Poll, Waker};
 
@@ -51,6 +52,7 @@ struct State {
 pub struct Probe {
     state: Mutex<State>,
     changed: Condvar,
+    unstable: AtomicBool,
     pipe: Mutex<Option<std::io::PipeWriter>>,
 }
 
@@ -126,6 +128,11 @@ impl Probe {
         self.lock().flush_error = error;
     }
 
+    /// From now on metadata waits in memory, or does not.
+    pub fn set_unstable(&self, unstable: bool) {
+        self.unstable.store(unstable, Ordering::Relaxed);
+    }
+
     /// The bytes at `offset`.
     pub fn bytes(&self, offset: usize, len: usize) -> Vec<u8> {
         self.lock().data[offset..offset + len].to_vec()
@@ -196,6 +203,8 @@ impl Drop for Opener {
 struct Node {
     probe: Arc<Probe>,
     pipe: Option<rt::File>,
+    /// Where writes are located, with `in-place`.
+    scratch: Option<rt::File>,
 }
 
 static DRIVERS: &[&DriverDef] = &[&PROBE];
@@ -203,7 +212,11 @@ static DRIVERS: &[&DriverDef] = &[&PROBE];
 static PROBE: DriverDef = DriverDef {
     name: "probe",
     kind: DriverKind::Protocol,
-    options: &[OptionSpec::required("key", Kind::Str), OptionSpec::optional("fast", Kind::Bool)],
+    options: &[
+        OptionSpec::required("key", Kind::Str),
+        OptionSpec::optional("fast", Kind::Bool),
+        OptionSpec::optional("in-place", Kind::Bool),
+    ],
     open,
     recognises: vhost_user_blk::block::Recognises::Nothing,
     child_perms: default_child_perms,
@@ -217,7 +230,11 @@ fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
         *probe.pipe.lock().unwrap() = Some(writer);
         rt::File::new(OwnedFd::from(reader), rt::Engine::IoUring, 1, 1)
     });
-    Ok(Box::new(Node { probe, pipe }))
+    let scratch = args.take_bool("in-place")?.unwrap_or(false).then(|| {
+        let file = OwnedFd::from(tempfile::tempfile().unwrap());
+        rt::File::new(file, rt::Engine::Threads, 1, 1)
+    });
+    Ok(Box::new(Node { probe, pipe, scratch }))
 }
 
 impl Driver for Node {
@@ -230,10 +247,14 @@ impl Driver for Node {
     }
 
     fn map(&self, dir: Dir, offset: u64, _len: u64) -> Map<'_> {
-        match &self.pipe {
-            Some(file) if dir == Dir::Read => Map::File { file, offset },
+        match (dir, &self.pipe, &self.scratch) {
+            (Dir::Read, Some(file), _) | (Dir::Write, _, Some(file)) => Map::File { file, offset },
             _ => Map::Slow,
         }
+    }
+
+    fn is_stable(&self) -> bool {
+        !self.probe.unstable.load(Ordering::Relaxed)
     }
 
     fn submit<'a>(&'a self, op: Op<'a>) -> IoFuture<'a> {
