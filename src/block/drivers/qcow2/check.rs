@@ -35,11 +35,14 @@ mod walk;
 use std::collections::HashMap;
 use std::rc::Rc;
 
+pub(super) use bitmaps::judge_directory;
 use counts::Counts;
 pub(super) use disk::Disk;
 use overlap::Metadata;
 use refcounts::Refcounts;
 use snapshots::Snapshots;
+pub(super) use snapshots::{SnapshotTable, read as read_snapshots};
+pub(super) use walk::l1_budget;
 
 use super::header::{Autoclear, Header, Incompatible, Purpose};
 use super::layout::Geometry;
@@ -123,12 +126,33 @@ pub trait Watch {
     }
 }
 
-/// Writes findings to the log, as a driver does that repairs an image while it opens it.
-pub struct Log;
+/// Writes findings to the log, as a driver does that repairs an image while it opens it: the first ones, and at the end
+/// how many more there were.
+#[derive(Default)]
+pub struct Log {
+    findings: u64,
+}
+
+impl Log {
+    /// How many findings go to the log: a lost L2 table alone means thousands of them.
+    pub const MAX: u64 = 100;
+}
 
 impl Watch for Log {
     fn line(&mut self, text: &str) {
-        log::warn!("qcow2: {text}");
+        self.findings += 1;
+        if self.findings <= Log::MAX {
+            log::warn!("qcow2: {text}");
+        }
+    }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        let more = self.findings.saturating_sub(Log::MAX);
+        if more > 0 {
+            log::warn!("qcow2: {more} more findings of this kind are not told");
+        }
     }
 }
 

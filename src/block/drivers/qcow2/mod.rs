@@ -15,6 +15,8 @@ mod header_io;
 mod l1;
 pub mod layout;
 mod open;
+#[allow(dead_code, reason = "what is found is for the write path")]
+mod opened;
 mod options;
 mod read;
 mod refcount;

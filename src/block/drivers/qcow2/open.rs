@@ -11,6 +11,7 @@ use super::compressed::Decompressor;
 use super::flight::Flights;
 use super::header::{Autoclear, Header, Incompatible, Purpose};
 use super::l1::L1Table;
+use super::opened::{self, Found};
 use super::options::Choices;
 use super::read::Corruption;
 use crate::block::{Driver, Edge, InForce, Node, Op, OpenArgs, Role};
@@ -32,12 +33,25 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
     header.check_limits(purpose)?;
     let l1 = read_l1(&file.node, &header)?;
     let choices = Choices::take(args, &header)?;
+    let reftable = match purpose {
+        Purpose::Write => opened::read_reftable(&file.node, &header)?,
+        Purpose::Read | Purpose::Check => Vec::new(),
+    };
     header.parse_extensions(&cluster0)?;
     warn_of_stale_bitmaps(&header);
     let mut edges = vec![file];
     edges.extend(open_data_file(args, &header)?);
     let data = edges.len() - 1;
     header.parse_backing_file(&cluster0)?;
+    let snapshots = opened::judge(&edges[0].node, &header)?;
+    let (header, l1, _for_writing) = match purpose {
+        Purpose::Write => {
+            let found = Found { header, l1, reftable, snapshots };
+            let (header, l1, all) = found.into_writable(&edges[0].node, choices.overlap_check)?;
+            (header, l1, Some(all))
+        }
+        Purpose::Read | Purpose::Check => (header, l1, None),
+    };
     edges.extend(open_backing(args, &edges[0].node, &header)?);
     let backing = (edges.len() - 1 > data).then_some(data + 1);
     let geometry = header.geometry();
@@ -64,10 +78,13 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
     Ok(Box::new(Qcow2(image)))
 }
 
-/// What the node is opened for. **The one place that says that this driver does not write yet**: the write path
-/// removes the refusal, and answers [`Purpose::Write`] for nodes that are not read-only.
+/// **The one place that says that this driver does not write yet**: the write path turns this on, and takes what
+/// `open` has prepared for it. The tests of opening write already.
+const WRITES: bool = cfg!(test);
+
+/// What the node is opened for.
 fn purpose(in_force: &mut InForce) -> Result<Purpose> {
-    if !in_force.read_only {
+    if !in_force.read_only && !WRITES {
         if !in_force.auto_read_only {
             return Err(err!(
                 "qcow2: writing is not supported yet; open the node with read-only=on or \
@@ -76,7 +93,7 @@ fn purpose(in_force: &mut InForce) -> Result<Purpose> {
         }
         in_force.read_only = true;
     }
-    Ok(Purpose::Read)
+    Ok(if in_force.read_only { Purpose::Read } else { Purpose::Write })
 }
 
 fn to_usize(n: u64) -> Result<usize> {
@@ -98,7 +115,7 @@ fn read_up_to(node: &Node, offset: u64, len: u64) -> std::result::Result<Vec<u8>
 }
 
 /// The bytes of cluster 0, filled up with zeroes where the file ends earlier.
-fn read_header(file: &Node) -> Result<Vec<u8>> {
+pub fn read_header(file: &Node) -> Result<Vec<u8>> {
     let read = |len: usize| {
         let mut bytes = read_up_to(file, 0, len as u64)
             .map_err(|e| Error::from_errno("Could not read qcow2 header", e))?;
@@ -113,7 +130,7 @@ fn read_header(file: &Node) -> Result<Vec<u8>> {
 }
 
 /// The active L1 table. One that is not wholly in the file is an error: QEMU would take the rest for unallocated.
-fn read_l1(file: &Node, header: &Header) -> Result<L1Table> {
+pub fn read_l1(file: &Node, header: &Header) -> Result<L1Table> {
     let (offset, len) = (header.l1_table_offset.0, u64::from(header.l1_size) * 8);
     let bytes = read_up_to(file, offset, len)
         .map_err(|e| Error::from_errno("Could not read L1 table", e))?;

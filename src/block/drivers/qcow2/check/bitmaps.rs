@@ -1,12 +1,15 @@
-//! Counts the references of persistent bitmaps.
+//! Persistent bitmaps: counting their references, and judging their directory when an image is opened.
 //!
 //! A bitmap directory or table that breaks the specification ends the check, as it does in QEMU: what the bitmaps occupy
 //! cannot be told, so neither can what is leaked.
 #![forbid(unsafe_code)]
 
-use super::super::header::BitmapsExtension;
-use super::Check;
-use crate::error::Errno;
+use super::super::extension::c_text;
+use super::super::header::{BitmapsExtension, Header};
+use super::{Check, Disk};
+use crate::block::Node;
+use crate::err;
+use crate::error::{Errno, Error, Result};
 
 /// The fixed part of a directory entry in bytes.
 const ENTRY: usize = 24;
@@ -14,6 +17,8 @@ const ENTRY: usize = 24;
 const TABLE_MAX: u32 = 0x800_0000;
 /// The most bytes of a bitmap (QEMU's limit).
 const BITMAP_MAX: u64 = 0x2000_0000;
+/// The longest name in bytes (QEMU's limit).
+const NAME_MAX: usize = 1023;
 /// Bits of a table entry that must be 0.
 const RESERVED: u64 = 0xff00_0000_0000_01fe;
 /// The offset in a table entry.
@@ -29,12 +34,12 @@ struct Table {
 
 impl Check<'_> {
     /// Counts the references of the directory and of all bitmaps.
-    pub(super) async fn walk_bitmaps(&mut self) -> Result<(), Errno> {
+    pub(super) async fn walk_bitmaps(&mut self) -> std::result::Result<(), Errno> {
         let Some(extension) = self.header.bitmaps() else { return Ok(()) };
         self.reference(extension.directory_offset.0, extension.directory_size);
         let len = usize::try_from(extension.directory_size).map_err(|_| Errno(libc::EFBIG))?;
         let bytes = self.disk.read(extension.directory_offset.0, len).await;
-        let tables = bytes.ok().and_then(|bytes| self.tables(&bytes, extension));
+        let tables = bytes.ok().and_then(|bytes| tables(&self.header, &bytes, extension).ok());
         let Some(tables) = tables else {
             self.report.corruptions += 1;
             return Err(Errno::EINVAL);
@@ -46,7 +51,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    async fn walk_bitmap(&mut self, table: &Table) -> Result<(), Errno> {
+    async fn walk_bitmap(&mut self, table: &Table) -> std::result::Result<(), Errno> {
         let entries = self.disk.read_words(table.offset, table.entries as usize).await?;
         let size = self.g.cluster_size();
         let bad = |entry: &u64| {
@@ -62,40 +67,76 @@ impl Check<'_> {
         }
         Ok(())
     }
+}
 
-    /// The bitmaps' tables; `None` if the directory breaks the specification.
-    fn tables(&self, bytes: &[u8], extension: BitmapsExtension) -> Option<Vec<Table>> {
-        let (mut tables, mut rest) = (Vec::new(), bytes);
-        while !rest.is_empty() {
-            let fixed = rest.get(..ENTRY)?;
-            let name = u16::from_be_bytes([fixed[18], fixed[19]]) as usize;
-            let extra = u32::from_be_bytes([fixed[20], fixed[21], fixed[22], fixed[23]]) as usize;
-            let len = ENTRY.checked_add(name)?.checked_add(extra)?.next_multiple_of(8);
-            rest = rest.get(len..)?;
-            if extra != 0 || name > 1023 || tables.len() == extension.count as usize {
-                return None;
-            }
-            tables.push(self.table(fixed)?);
+/// The tables of the bitmaps that the directory of `header`'s image, `bytes`, names.
+///
+/// # Errors
+/// It breaks the specification: in QEMU's words.
+fn tables(header: &Header, bytes: &[u8], extension: BitmapsExtension) -> Result<Vec<Table>> {
+    let (mut tables, mut rest) = (Vec::new(), bytes);
+    while !rest.is_empty() {
+        let fixed = rest.get(..ENTRY).ok_or_else(broken)?;
+        if tables.len() == extension.count as usize {
+            return Err(err!("More bitmaps found than specified in header extension"));
         }
-        (tables.len() == extension.count as usize).then_some(tables)
+        let name = u16::from_be_bytes([fixed[18], fixed[19]]) as usize;
+        let extra = u32::from_be_bytes([fixed[20], fixed[21], fixed[22], fixed[23]]) as usize;
+        let len = ENTRY.checked_add(name).and_then(|len| len.checked_add(extra));
+        let len = len.ok_or_else(broken)?.next_multiple_of(8);
+        let entry = rest.get(..len).ok_or_else(broken)?;
+        if extra != 0 {
+            return Err(err!("Bitmap extra data is not supported"));
+        }
+        let table = table(header, fixed).filter(|_| name <= NAME_MAX);
+        tables.push(table.ok_or_else(|| {
+            let name = c_text(&entry[ENTRY..][..name]);
+            err!("Bitmap '{name}' doesn't satisfy the constraints")
+        })?);
+        rest = &rest[len..];
     }
+    if tables.len() < extension.count as usize {
+        return Err(err!("Less bitmaps found than specified in header extension"));
+    }
+    Ok(tables)
+}
 
-    fn table(&self, fixed: &[u8]) -> Option<Table> {
-        let offset = u64::from_be_bytes(fixed[..8].try_into().ok()?);
-        let entries = u32::from_be_bytes(fixed[8..12].try_into().ok()?);
-        let flags = u32::from_be_bytes(fixed[12..16].try_into().ok()?);
-        let (kind, granularity) = (fixed[16], fixed[17]);
-        let bytes = u64::from(entries) << self.g.cluster_bits;
-        let well_formed = entries != 0
-            && entries <= TABLE_MAX
-            && offset != 0
-            && offset.is_multiple_of(self.g.cluster_size())
-            && (9..=31).contains(&granularity)
-            && flags & !3 == 0
-            && kind == 1
-            && bytes <= BITMAP_MAX;
-        let covered = (u128::from(bytes) * 8) << granularity;
-        let fits = flags & IN_USE != 0 || u128::from(self.header.size) <= covered;
-        (well_formed && fits).then_some(Table { offset, entries })
+fn broken() -> Error {
+    err!("Broken bitmap directory")
+}
+
+/// The table of a directory entry; `None` if it breaks the specification.
+fn table(header: &Header, fixed: &[u8]) -> Option<Table> {
+    let g = header.geometry();
+    let offset = u64::from_be_bytes(fixed[..8].try_into().ok()?);
+    let entries = u32::from_be_bytes(fixed[8..12].try_into().ok()?);
+    let flags = u32::from_be_bytes(fixed[12..16].try_into().ok()?);
+    let (kind, granularity) = (fixed[16], fixed[17]);
+    let bytes = u64::from(entries) << g.cluster_bits;
+    let well_formed = entries != 0
+        && entries <= TABLE_MAX
+        && offset != 0
+        && offset.is_multiple_of(g.cluster_size())
+        && (9..=31).contains(&granularity)
+        && flags & !3 == 0
+        && kind == 1
+        && bytes <= BITMAP_MAX;
+    let covered = (u128::from(bytes) * 8) << granularity;
+    let fits = flags & IN_USE != 0 || u128::from(header.size) <= covered;
+    (well_formed && fits).then_some(Table { offset, entries })
+}
+
+/// Judges the bitmap directory of the image in `file`, if it has one, as QEMU does when it opens an image.
+///
+/// # Errors
+/// In QEMU's words.
+pub(in super::super) async fn judge_directory(file: &Node, header: &Header) -> Result<()> {
+    let Some(extension) = header.bitmaps() else { return Ok(()) };
+    if extension.directory_size == 0 {
+        return Err(err!("Requested bitmap directory size is zero"));
     }
+    let len = usize::try_from(extension.directory_size).map_err(|_| broken())?;
+    let bytes = Disk::new(file).read(extension.directory_offset.0, len).await;
+    let bytes = bytes.map_err(|e| Error::from_errno("Failed to read bitmap directory", e))?;
+    tables(header, &bytes, extension).map(|_| ())
 }

@@ -1,11 +1,12 @@
 //! The snapshot table: reading it, counting what it leads to, writing a new one.
 #![forbid(unsafe_code)]
 
-use super::super::header::{MAX_L1_SIZE, MAX_SNAPSHOTS, SNAPSHOT_HEADER_SIZE};
-use super::super::layout::Hex;
+use super::super::header::{Header, MAX_L1_SIZE, MAX_SNAPSHOTS, SNAPSHOT_HEADER_SIZE};
+use super::super::layout::{Hex, HostOffset};
 use super::walk::verb;
-use super::{Check, Fix, Report};
-use crate::error::Errno;
+use super::{Check, Disk, Fix, Report, Watch};
+use crate::block::Node;
+use crate::error::{Errno, Error};
 
 /// The largest snapshot table in bytes (QEMU's limit).
 const TABLE_MAX: u64 = 1024 * MAX_SNAPSHOTS;
@@ -17,6 +18,8 @@ const EXTRA_KNOWN: u64 = 24;
 const EXTRA_V3: u64 = 16;
 /// Where `nb_snapshots` is in the header; `snapshots_offset` follows.
 const SNAPSHOT_FIELDS: u64 = 60;
+/// How a check begins to say that the table cannot be read.
+const FAILED: &str = "ERROR failed to read the snapshot table: ";
 
 /// An entry of the table.
 pub(super) struct Snapshot {
@@ -38,6 +41,60 @@ pub(super) struct Snapshots {
     pub(super) offset: u64,
     pub(super) len: u64,
     pub(super) list: Vec<Snapshot>,
+}
+
+/// The snapshot table of an image that is opened.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(in super::super) struct SnapshotTable {
+    /// Its length in bytes.
+    pub len: u64,
+    /// The L1 tables of the snapshots: offset and entries, as written.
+    pub l1_tables: Vec<(HostOffset, u32)>,
+}
+
+/// Reads the snapshot table of the image in `file` as QEMU does when it opens an image.
+///
+/// # Errors
+/// In QEMU's words.
+pub(in super::super) async fn read(
+    file: &Node,
+    header: &Header,
+) -> crate::error::Result<SnapshotTable> {
+    let mut said = Said::default();
+    let mut check = Box::new(Check::new(Disk::new(file), header.clone(), Fix::Nothing, &mut said));
+    let read = Box::pin(check.read_snapshots()).await;
+    let Snapshots { len, list, .. } = std::mem::take(&mut check.snapshots);
+    drop(check);
+    match (read, said) {
+        (Ok(_), _) => {
+            let l1_tables = list.iter().map(|s| (HostOffset(s.l1_offset), s.l1_size)).collect();
+            Ok(SnapshotTable { len, l1_tables })
+        }
+        (Err(_), Said { error: Some(error), hint: None }) => Err(Error::new(error)),
+        (Err(_), Said { error: Some(error), hint: Some(hint) }) => {
+            Err(Error::new(error).with_hint(hint))
+        }
+        (Err(e), _) => Err(Error::from_errno("Failed to read snapshot table", e)),
+    }
+}
+
+/// What a check says of a snapshot table that it cannot read.
+#[derive(Default)]
+struct Said {
+    error: Option<String>,
+    hint: Option<String>,
+}
+
+impl Watch for Said {
+    fn error(&mut self, text: &str) {
+        self.error = Some(text.strip_prefix(FAILED).unwrap_or(text).to_owned());
+    }
+
+    fn line(&mut self, text: &str) {
+        if self.error.is_some() {
+            self.hint = Some(text.to_owned());
+        }
+    }
 }
 
 /// What reading had to leave out, in repair.
@@ -161,7 +218,7 @@ impl Check<'_> {
     }
 
     fn snapshots_failed(&mut self, what: &str) {
-        self.watch.error(&format!("ERROR failed to read the snapshot table: {what}"));
+        self.watch.error(&format!("{FAILED}{what}"));
     }
 
     async fn read_part(&mut self, at: u64, len: u64) -> Result<Vec<u8>, Errno> {

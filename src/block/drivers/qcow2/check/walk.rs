@@ -24,7 +24,7 @@ pub(super) const PATIENCE: u64 = 1 << 22;
 const L1_BYTES_MAX: u64 = 1 << 30;
 
 /// The bytes of L1 tables that may be walked. Tables do not overlap in an image that is not hostile.
-pub(super) fn l1_budget(file_len: u64) -> u64 {
+pub(in super::super) fn l1_budget(file_len: u64) -> u64 {
     file_len.saturating_mul(2).saturating_add(2 * MAX_L1_SIZE).min(L1_BYTES_MAX)
 }
 
