@@ -14,7 +14,8 @@ use super::l1::L1Table;
 use super::opened::{self, Found};
 use super::options::Choices;
 use super::read::Corruption;
-use crate::block::{Driver, Edge, InForce, Node, Op, OpenArgs, Role};
+use super::write::Writing;
+use crate::block::{Driver, Edge, Node, Op, OpenArgs, Role};
 use crate::err;
 use crate::error::{Errno, Error, Result};
 use crate::mem::Sg;
@@ -25,7 +26,7 @@ use crate::rt::{self, Buffer};
 /// # Errors
 /// In QEMU's words.
 pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
-    let purpose = purpose(&mut args.in_force)?;
+    let purpose = if args.in_force.read_only { Purpose::Read } else { Purpose::Write };
     let file = args.open_child("file", Role::File)?;
     args.enter_file(&file)?;
     let cluster0 = read_header(&file.node)?;
@@ -44,7 +45,7 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
     let data = edges.len() - 1;
     header.parse_backing_file(&cluster0)?;
     let snapshots = opened::judge(&edges[0].node, &header)?;
-    let (header, l1, _for_writing) = match purpose {
+    let (header, l1, found) = match purpose {
         Purpose::Write => {
             let found = Found { header, l1, reftable, snapshots };
             let (header, l1, all) = found.into_writable(&edges[0].node, choices.overlap_check)?;
@@ -58,6 +59,12 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
     let cache =
         SliceCache::new(choices.l2).map_err(|_| err!("Could not allocate metadata caches"))?;
     let cluster = to_usize(geometry.cluster_size())?;
+    let writing = match found {
+        Some(found) => {
+            Some(Writing::new(&edges[0].node, &header, &choices, found, args.graph)?)
+        }
+        None => None,
+    };
     let image = Arc::new_cyclic(|me| Image {
         me: me.clone(),
         edges,
@@ -73,27 +80,9 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
         choices,
         l1,
         cache,
-        writing: None,
+        writing,
     });
     Ok(Box::new(Qcow2(image)))
-}
-
-/// **The one place that says that this driver does not write yet**: the write path turns this on, and takes what
-/// `open` has prepared for it. The tests of opening write already.
-const WRITES: bool = cfg!(test);
-
-/// What the node is opened for.
-fn purpose(in_force: &mut InForce) -> Result<Purpose> {
-    if !in_force.read_only && !WRITES {
-        if !in_force.auto_read_only {
-            return Err(err!(
-                "qcow2: writing is not supported yet; open the node with read-only=on or \
-                 auto-read-only=on"
-            ));
-        }
-        in_force.read_only = true;
-    }
-    Ok(if in_force.read_only { Purpose::Read } else { Purpose::Write })
 }
 
 fn to_usize(n: u64) -> Result<usize> {

@@ -96,7 +96,7 @@ pub struct Writing {
 }
 
 /// What the lock protects.
-struct Meta {
+pub struct Meta {
     refcounts: Refcounts,
     streams: Streams,
     busy: Busy,

@@ -95,6 +95,7 @@ impl Image {
 
     /// Releases clusters whose time has come. What cannot be released now stays for the next time.
     pub async fn reap(&self, w: &Writing) {
+        self.free_old_tables(w).await;
         let freed = w.lock().limbo.take(&w.grace);
         self.discard_freed(w, &freed).await;
         let mut left = freed.into_iter().peekable();
@@ -132,6 +133,27 @@ impl Image {
             if next_step.is_err() {
                 w.lock().limbo.push_ready(left);
                 return;
+            }
+        }
+    }
+
+    /// Old refcount tables that the header no longer points to.
+    async fn free_old_tables(&self, w: &Writing) {
+        loop {
+            let settled = {
+                let mut meta = w.lock();
+                let settled = meta.refcounts.settle();
+                self.note_tables(w, &mut meta);
+                settled
+            };
+            match settled {
+                Err(Blocked::Load { index, offset }) => {
+                    if self.load_block_once(w, index, offset).await.is_err() {
+                        return;
+                    }
+                }
+                // What cannot be done now is a leak until the next time.
+                _ => return,
             }
         }
     }
