@@ -21,8 +21,8 @@ pub fn seed() -> u64 {
     number("VUB_QCOW2_SEED", 1)
 }
 
-/// For programs that lose data when a range is written or read and discarded at the same time, as QEMU does: it uses a
-/// freed cluster anew while requests on their way still go there.
+/// For QEMU, which loses data when a range is written or read and discarded at the same time: it uses a freed cluster
+/// anew while requests on their way still go there. And it zeroes what it then writes, where subclusters are allocated.
 pub fn gentle() -> bool {
     std::env::var_os("VUB_QCOW2_GENTLE").is_some()
 }

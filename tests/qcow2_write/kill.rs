@@ -26,7 +26,9 @@ fn kill_often(image: Image, engine: Engine) {
     let (mut requests, mut kills_amid, mut leaky, begun) = (0, 0, 0, Instant::now());
     for round in 0..number("VUB_QCOW2_ROUNDS", 25) {
         let program = start(&path, how);
-        let mut client = connect(&program, [1, 4][usize::try_from(round % 2).unwrap()]);
+        let mut client = connect(&program, [1, 4, 1, 4][usize::try_from(round % 4).unwrap()]);
+        // One request after the other, every now and then: nothing excuses what is wrong then.
+        let alone = round % 4 == 0;
         model.survive(&read_all(&mut client));
         let stop = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let mut program = Some(program);
@@ -36,15 +38,15 @@ fn kill_often(image: Image, engine: Engine) {
             for (n, q) in (0..).zip(client.queues_mut()) {
                 let load = Load {
                     seed: random.next() + n,
-                    depth: 16,
+                    depth: if alone { 1 } else { 16 },
                     cluster: image.cluster / 512,
-                    flush_one_in: 12,
-                    gentle: gentle(),
+                    flush_one_in: if alone { 6 } else { 12 },
+                    gentle: gentle() && !alone,
                 };
                 threads.push(scope.spawn(move || model.drive(q, load, stop, true)));
             }
             // Any moment, most of them early.
-            let most = 1 + random.below(60_000);
+            let most = 1 + random.below(150_000);
             let_work(Duration::from_micros(random.below(most)));
             drop(program.take());
             stop.write(1).unwrap();
