@@ -1,21 +1,34 @@
 //! The program is killed under load, again and again on the same image: what was flushed stays, the image has leaks at
 //! most, and the next program opens it and goes on.
 
-use std::time::{Duration, Instant};
+use std::sync::mpsc;
+use std::time::Instant;
 
-use vmm_sys_util::eventfd::EventFd;
+use vub_client::Client;
 
-use crate::common::{Engine, Random};
+use crate::common::program::Program;
+use crate::common::{Engine, LIMIT, Random};
 use crate::tools::Dirs;
 
 use super::bed::{
     How, assert_clean, assert_same, check, connect, gentle, is_dirty, number, read_all, seed, start,
 };
-use super::model::Load;
-use super::stress::{Image, let_work};
+use super::model::{Load, Model, Stop};
+use super::stress::Image;
 
 /// Rounds between two looks at an image whose program was allowed to end.
 const CALM: u64 = 10;
+
+/// What the rounds came to.
+#[derive(Debug, Default)]
+struct Sum {
+    requests: usize,
+    /// Programs killed with requests in flight.
+    amid: usize,
+    /// Changes of sectors that a flush covered.
+    certain: usize,
+    leaky: usize,
+}
 
 fn kill_often(image: Image, engine: Engine) {
     let dirs = Dirs::new();
@@ -23,39 +36,27 @@ fn kill_often(image: Image, engine: Engine) {
     let model = image.make(&dirs);
     let mut random = Random(seed());
     let how = How { engine, ..How::default() };
-    let (mut requests, mut kills_amid, mut leaky, begun) = (0, 0, 0, Instant::now());
+    let (mut sum, begun) = (Sum::default(), Instant::now());
     for round in 0..number("VUB_QCOW2_ROUNDS", 25) {
         let program = start(&path, how);
-        let mut client = connect(&program, [1, 4, 1, 4][usize::try_from(round % 4).unwrap()]);
+        let mut client = connect(&program, if round % 2 == 0 { 1 } else { 4 });
+        sum.certain += model.survive(&read_all(&mut client));
         // One request after the other, every now and then: nothing excuses what is wrong then.
         let alone = round % 4 == 0;
-        model.survive(&read_all(&mut client));
-        let stop = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let mut program = Some(program);
-        let ended: usize = std::thread::scope(|scope| {
-            let (model, stop) = (&model, &stop);
-            let mut threads = Vec::new();
-            for (n, q) in (0..).zip(client.queues_mut()) {
-                let load = Load {
-                    seed: random.next() + n,
-                    depth: if alone { 1 } else { 16 },
-                    cluster: image.cluster / 512,
-                    flush_one_in: if alone { 6 } else { 12 },
-                    gentle: gentle() && !alone,
-                };
-                threads.push(scope.spawn(move || model.drive(q, load, stop, true)));
-            }
-            // Any moment, most of them early.
-            let most = 1 + random.below(150_000);
-            let_work(Duration::from_micros(random.below(most)));
-            drop(program.take());
-            stop.write(1).unwrap();
-            threads.into_iter().map(|t| t.join().unwrap()).sum()
-        });
-        requests += ended;
-        kills_amid += u64::from(client.queues_mut().iter().any(|q| q.in_flight() > 0));
+        let load = Load {
+            seed: random.next(),
+            depth: if alone { 1 } else { 16 },
+            cluster: image.cluster / 512,
+            flush_one_in: if alone { 6 } else { 12 },
+            gentle: gentle() && !alone,
+        };
+        // Any moment, many of them early.
+        let most = 1 + random.below(if alone { 60 } else { 300 });
+        let requests = usize::try_from(random.below(most)).unwrap();
+        sum.requests += kill_amid(&model, &mut client, load, program, requests);
+        sum.amid += usize::from(client.queues_mut().iter().any(|q| q.in_flight() > 0));
         let (code, text) = check(&dirs, "a");
-        leaky += u64::from(code == 3);
+        sum.leaky += usize::from(code == 3);
         // Refcounts of a dirty image are known to be wrong: the next open makes them anew.
         let good = [0, 3].contains(&code) || (code == 2 && is_dirty(&path));
         assert!(good, "round {round}: {code}: {text}");
@@ -64,13 +65,36 @@ fn kill_often(image: Image, engine: Engine) {
         }
     }
     let_it_end(image, &dirs, how);
-    model.survive(&dirs.expected("a"));
-    println!(
-        "{image:?}: {requests} requests, {kills_amid} kills in the middle of some, {leaky} leaky \
-         images, {:?}",
-        begun.elapsed()
-    );
-    assert!(kills_amid > 0 && requests > 0);
+    sum.certain += model.survive(&dirs.expected("a"));
+    println!("{image:?}: {sum:?} in {:?}", begun.elapsed());
+    assert!(sum.amid > 0 && sum.certain > 100, "{sum:?}");
+}
+
+/// Kills the program after so many requests of a load.
+fn kill_amid(
+    model: &Model,
+    client: &mut Client,
+    load: Load,
+    program: Program,
+    requests: usize,
+) -> usize {
+    let (stop, (sender, receiver)) = (Stop::new(true), mpsc::channel());
+    let mut ended = 0;
+    std::thread::scope(|scope| {
+        for (n, q) in (0..).zip(client.queues_mut()) {
+            let load = Load { seed: load.seed.wrapping_add(n), ..load };
+            let (stop, sender) = (&stop, sender.clone());
+            scope.spawn(move || model.drive(q, load, stop, &sender));
+        }
+        while ended < requests {
+            // Nothing comes any more if a thread has failed: the scope says so.
+            let Ok(some) = receiver.recv_timeout(LIMIT) else { break };
+            ended += some;
+        }
+        program.kill();
+        stop.now();
+    });
+    ended + receiver.try_iter().sum::<usize>()
 }
 
 /// Leaks are mended, a program opens the image and ends as it should: the image is clean and has not changed.

@@ -8,6 +8,8 @@
 use std::os::fd::AsRawFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::time::Duration;
 
 use virtio_bindings::virtio_blk as vb;
 use vmm_sys_util::eventfd::EventFd;
@@ -58,6 +60,23 @@ pub struct Load {
     pub gentle: bool,
 }
 
+/// The end of a load.
+pub struct Stop {
+    event: EventFd,
+    /// The back end is gone by then.
+    killed: bool,
+}
+
+impl Stop {
+    pub fn new(killed: bool) -> Stop {
+        Stop { event: EventFd::new(libc::EFD_NONBLOCK).unwrap(), killed }
+    }
+
+    pub fn now(&self) {
+        self.event.write(1).unwrap();
+    }
+}
+
 enum Pending {
     Read { sector: u64, begun: u64 },
     Change { sector: u64, count: u64, start: u64 },
@@ -69,6 +88,11 @@ pub fn stamps(sector: u64, count: u64, version: u64) -> Vec<u8> {
     let one =
         |at: u64| [(at + 1).to_le_bytes(), version.to_le_bytes()].concat().repeat(SECTOR / 16);
     (sector..sector + count).flat_map(one).collect()
+}
+
+/// True if a look that began then cannot find what `c` left.
+fn hidden(changes: &[Change], c: &Change, begun: u64) -> bool {
+    changes.iter().any(|w| !w.vague && w.start > c.end && w.end < begun)
 }
 
 impl Model {
@@ -132,11 +156,11 @@ impl Model {
         let ended = self.tick();
         for (at, bytes) in (sector..).zip(data.chunks(SECTOR)) {
             let changes = self.slots(at, 1)[0].lock().unwrap();
-            let hidden =
-                |c: &Change| changes.iter().any(|w| !w.vague && w.start > c.end && w.end < begun);
             let zeroed = gentle() && changes.iter().any(|c| c.end == OPEN);
             for version in Model::versions(at, bytes) {
-                let may = |c: &Change| c.version == version && c.start < ended && !hidden(c);
+                let may = |c: &Change| {
+                    c.version == version && c.start < ended && !hidden(&changes, c, begun)
+                };
                 assert!(
                     changes.iter().any(may) || (zeroed && version == ZERO),
                     "sector {at}: version {version} seen between {begun} and {ended}: {changes:?}"
@@ -150,28 +174,32 @@ impl Model {
         self.resolve(disk, self.tick());
     }
 
-    /// Checks the whole disk after a kill, and goes on from what is there.
-    pub fn survive(&self, disk: &[u8]) {
-        self.resolve(disk, self.flushed.load(Ordering::SeqCst));
+    /// Checks the whole disk after a kill, and goes on from what is there. Returns how many changes had to survive.
+    pub fn survive(&self, disk: &[u8]) -> usize {
+        self.resolve(disk, self.flushed.load(Ordering::SeqCst))
     }
 
-    fn resolve(&self, disk: &[u8], begun: u64) {
+    fn resolve(&self, disk: &[u8], begun: u64) -> usize {
         assert_eq!(disk.len(), self.sectors.len() * SECTOR);
         self.check(0, begun, disk);
         let now = self.tick();
+        let mut certain = 0;
         for ((at, slot), bytes) in (0..).zip(&self.sectors).zip(disk.chunks(SECTOR)) {
             let one = |version| Change { version, start: now, end: now, vague: false };
-            *slot.lock().unwrap() = Model::versions(at, bytes).into_iter().map(one).collect();
+            let mut changes = slot.lock().unwrap();
+            certain += changes.iter().filter(|c| hidden(&changes, c, begun)).count();
+            *changes = Model::versions(at, bytes).into_iter().map(one).collect();
         }
         self.flushed.store(self.tick(), Ordering::SeqCst);
+        certain
     }
 
-    /// One guest thread: random requests on `q` until `stop` is written to. With `killed`, the back end is gone then and
-    /// what is in flight stays so; else it is waited for. Returns how many requests have ended.
-    pub fn drive(&self, q: &mut Queue, load: Load, stop: &EventFd, killed: bool) -> usize {
+    /// One guest thread: random requests on `q` until `stop` is written to. If it is killed, the back end is gone then and
+    /// what is in flight stays so; else it is waited for. Says how many requests have ended whenever some have.
+    pub fn drive(&self, q: &mut Queue, load: Load, stop: &Stop, ended: &Sender<usize>) {
         let mut random = Random(load.seed);
         let mut pending: Vec<(u64, Pending)> = Vec::new();
-        let (mut ended, mut stopping) = (0, false);
+        let mut stopping = false;
         while !stopping || !pending.is_empty() {
             let room = load.depth - pending.len();
             for _ in 0..if stopping { 0 } else { room } {
@@ -185,16 +213,17 @@ impl Model {
                 let at = pending.iter().position(|(tag, _)| *tag == done.tag).unwrap();
                 self.finish(&pending.swap_remove(at).1, &done.data());
             }
-            ended += done.len();
-            let now = std::time::Duration::ZERO;
-            stopping |= sys::wait_readable(&[stop.as_raw_fd()], now).unwrap();
-            if stopping && killed {
-                return ended;
+            if !done.is_empty() {
+                ended.send(done.len()).unwrap();
+            }
+            stopping |= sys::wait_readable(&[stop.event.as_raw_fd()], Duration::ZERO).unwrap();
+            if stopping && stop.killed {
+                return;
             }
             if done.is_empty() && !q.ring().arm() {
                 let mut fds = vec![q.call_fd().as_raw_fd()];
                 if !stopping {
-                    fds.push(stop.as_raw_fd());
+                    fds.push(stop.event.as_raw_fd());
                 }
                 assert!(
                     sys::wait_readable(&fds, LIMIT).unwrap(),
@@ -204,7 +233,6 @@ impl Model {
                 q.calls().unwrap();
             }
         }
-        ended
     }
 
     fn place(&self, load: Load, random: &mut Random) -> (u64, u64) {
