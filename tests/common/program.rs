@@ -1,5 +1,6 @@
 //! The program itself, started as users of qemu-storage-daemon start it; what it costs, from `/proc`.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Instant;
@@ -19,8 +20,13 @@ impl Program {
     /// Starts it: `nodes` are the values of `--blockdev`, and each pair of `exports` a node to export and more of the
     /// export's options.
     pub fn start(nodes: &[String], exports: &[(&str, &str)]) -> Program {
+        Program::start_other(env!("CARGO_BIN_EXE_vhost-user-blk").as_ref(), nodes, exports)
+    }
+
+    /// The same with any program that has this command line.
+    pub fn start_other(program: &OsStr, nodes: &[String], exports: &[(&str, &str)]) -> Program {
         let dir = tempfile::tempdir().unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-blk"));
+        let mut command = Command::new(program);
         for node in nodes {
             command.args(["--blockdev", node]);
         }
@@ -83,6 +89,9 @@ impl Program {
             std::thread::yield_now();
         }
     }
+
+    /// Ends it in the middle of whatever it does, and waits until it is gone.
+    pub fn kill(self) {}
 
     /// Fails if it has ended.
     pub fn assert_alive(&mut self) {

@@ -1,0 +1,144 @@
+//! The program is killed under load, again and again on the same image: what was flushed stays, the image has leaks at
+//! most, and the next program opens it and goes on.
+
+use std::sync::mpsc;
+use std::time::Instant;
+
+use vub_client::Client;
+
+use crate::common::program::Program;
+use crate::common::{Engine, LIMIT, Random};
+use crate::tools::Dirs;
+
+use super::bed::{
+    How, assert_clean, assert_same, check, connect, gentle, is_dirty, number, read_all, seed, start,
+};
+use super::model::{Load, Model, Stop};
+use super::stress::Image;
+
+/// Rounds between two looks at an image whose program was allowed to end.
+const CALM: u64 = 10;
+
+/// What the rounds came to.
+#[derive(Debug, Default)]
+struct Sum {
+    requests: usize,
+    /// Programs killed with requests in flight.
+    amid: usize,
+    /// Changes of sectors that a flush covered.
+    certain: usize,
+    leaky: usize,
+}
+
+fn kill_often(image: Image, engine: Engine) {
+    let dirs = Dirs::new();
+    let path = dirs.path("a");
+    let model = image.make(&dirs);
+    let mut random = Random(seed());
+    let how = How { engine, ..How::default() };
+    let (mut sum, begun) = (Sum::default(), Instant::now());
+    for round in 0..number("VUB_QCOW2_ROUNDS", 25) {
+        let program = start(&path, how);
+        let mut client = connect(&program, if round % 2 == 0 { 1 } else { 4 });
+        sum.certain += model.survive(&read_all(&mut client));
+        // One request after the other, every now and then: nothing excuses what is wrong then.
+        let alone = round % 4 == 0;
+        let load = Load {
+            seed: random.next(),
+            depth: if alone { 1 } else { 16 },
+            cluster: image.cluster / 512,
+            flush_one_in: if alone { 6 } else { 12 },
+            gentle: gentle() && !alone,
+        };
+        // Any moment, many of them early.
+        let most = 1 + random.below(if alone { 60 } else { 300 });
+        let requests = usize::try_from(random.below(most)).unwrap();
+        sum.requests += kill_amid(&model, &mut client, load, program, requests);
+        sum.amid += usize::from(client.queues_mut().iter().any(|q| q.in_flight() > 0));
+        let (code, text) = check(&dirs, "a");
+        sum.leaky += usize::from(code == 3);
+        // Refcounts of a dirty image are known to be wrong: the next open makes them anew.
+        let good = [0, 3].contains(&code) || (code == 2 && is_dirty(&path));
+        assert!(good, "round {round}: {code}: {text}");
+        if round % CALM == CALM - 1 {
+            let_it_end(image, &dirs, how);
+        }
+    }
+    let_it_end(image, &dirs, how);
+    sum.certain += model.survive(&dirs.expected("a"));
+    println!("{image:?}: {sum:?} in {:?}", begun.elapsed());
+    assert!(sum.amid > 0 && sum.certain > 100, "{sum:?}");
+}
+
+/// Kills the program after so many requests of a load.
+fn kill_amid(
+    model: &Model,
+    client: &mut Client,
+    load: Load,
+    program: Program,
+    requests: usize,
+) -> usize {
+    let (stop, (sender, receiver)) = (Stop::new(true), mpsc::channel());
+    let mut ended = 0;
+    std::thread::scope(|scope| {
+        for (n, q) in (0..).zip(client.queues_mut()) {
+            let load = Load { seed: load.seed.wrapping_add(n), ..load };
+            let (stop, sender) = (&stop, sender.clone());
+            scope.spawn(move || model.drive(q, load, stop, &sender));
+        }
+        while ended < requests {
+            // Nothing comes any more if a thread has failed: the scope says so.
+            let Ok(some) = receiver.recv_timeout(LIMIT) else { break };
+            ended += some;
+        }
+        program.kill();
+        stop.now();
+    });
+    ended + receiver.try_iter().sum::<usize>()
+}
+
+/// Leaks are mended, a program opens the image and ends as it should: the image is clean and has not changed.
+fn let_it_end(image: Image, dirs: &Dirs, how: How) {
+    let path = dirs.path("a");
+    if !is_dirty(&path) {
+        let (code, text) = check(dirs, "a");
+        assert!([0, 3].contains(&code), "{image:?}: {code}: {text}");
+        dirs.run("qemu-img", &["check", "-q", "-f", "qcow2", "-r", "leaks", "a"]);
+    }
+    let program = start(&path, how);
+    let mut client = connect(&program, 1);
+    let disk = read_all(&mut client);
+    client.queue(0).flush().unwrap();
+    drop(client);
+    assert!(program.terminate().success());
+    assert!(!is_dirty(&path));
+    assert_clean(dirs, "a", &format!("{image:?}"));
+    assert_same(&dirs.expected("a"), &disk, "as QEMU reads it");
+}
+
+const THREADS: Engine = Engine { aio: "threads", direct: false };
+const URING: Engine = Engine { aio: "io_uring", direct: true };
+const SIZE: u64 = 4 << 20;
+
+#[test]
+fn clusters_of_64k() {
+    kill_often(Image { options: "", cluster: 65536, overlay: false, size: SIZE }, URING);
+}
+
+#[test]
+fn an_overlay_of_4k_clusters() {
+    let options = "cluster_size=4k";
+    kill_often(Image { options, cluster: 4096, overlay: true, size: SIZE }, THREADS);
+}
+
+#[test]
+fn subclusters() {
+    let options = "extended_l2=on,refcount_bits=64";
+    kill_often(Image { options, cluster: 65536, overlay: true, size: SIZE }, URING);
+}
+
+#[test]
+fn lazy_refcounts() {
+    let options = "lazy_refcounts=on,cluster_size=4k";
+    kill_often(Image { options, cluster: 4096, overlay: false, size: SIZE }, THREADS);
+}
