@@ -18,6 +18,10 @@
 //!    another access mode keeps it (`dup3`). Nobody may remember the open file behind it (io_uring's registered
 //!    files would).
 //! 6. No lock is held across `.await`, unless it is one of [`crate::rt::sync`].
+//! 7. A place that `map` or a [`Resolver`](driver::Resolver) answered may be in use until its request is done. Who gives it
+//!    to somebody else waits for that: [`Graph::grace`].
+//! 8. A driver with metadata in memory says so ([`Driver::is_stable`]), writes it back in time ([`Graph::upkeep`]), on a
+//!    flush, and in [`Driver::close`]. Nothing happens when it is dropped.
 #![deny(unsafe_code)]
 
 pub mod driver;

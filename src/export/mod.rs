@@ -120,6 +120,8 @@ struct Worker {
 struct State {
     workers: Vec<Option<Worker>>,
     running: Vec<bool>,
+    /// A queue has run since the last flush of a stopped device.
+    unflushed: bool,
     features: u64,
     user: Option<RootUser>,
 }
@@ -170,6 +172,7 @@ impl Export {
         let state = State {
             workers: (0..threads).map(|_| None).collect(),
             running: vec![false; config.num_queues.into()],
+            unflushed: false,
             features: 0,
             user: Some(user),
         };
@@ -190,7 +193,7 @@ impl Export {
         }
         let count = lock(&self.state).running.len();
         for index in 0..u16::try_from(count).unwrap_or(u16::MAX) {
-            self.stop_queue(index);
+            self.halt_queue(index);
         }
         let workers: Vec<Worker> =
             lock(&self.state).workers.iter_mut().filter_map(Option::take).collect();
@@ -200,7 +203,7 @@ impl Export {
                 log::error!("export '{}': a worker panicked", self.id());
             }
         }
-        let flushed = self.flush();
+        let flushed = self.flush_stopped();
         let user = lock(&self.state).user.take();
         if let Some(user) = user {
             self.graph.detach(user);
@@ -220,6 +223,22 @@ impl Export {
             log::error!("export '{}': flush: {e}", self.id());
         }
         flushed.is_ok()
+    }
+
+    /// [`Export::flush`], with no queue running: not again, if it worked and none has run since.
+    fn flush_stopped(&self) -> bool {
+        let flushed = !lock(&self.state).unflushed || self.flush();
+        lock(&self.state).unflushed = !flushed;
+        flushed
+    }
+
+    /// Stops a queue (drained). Its next available index, if it was running.
+    fn halt_queue(&self, index: u16) -> Option<u16> {
+        let running = lock(&self.state).running.get(usize::from(index)).copied()?;
+        let next =
+            if running { self.command(index, |answer| Command::Stop(index, answer)) } else { None };
+        lock(&self.state).running[usize::from(index)] = false;
+        next
     }
 
     /// The mailbox of the worker that serves queue `index`; started if `start`.
@@ -331,15 +350,19 @@ impl Device for Export {
         let queue = Box::new(Queue::new(index, Arc::clone(&self.shared), ring, fds, write_through));
         let inbox = self.worker(index, true)?.ok_or(Errno::EIO)?;
         self.send(&inbox, |done| Command::Start(queue, done), "start");
-        lock(&self.state).running[usize::from(index)] = true;
+        let mut state = lock(&self.state);
+        state.running[usize::from(index)] = true;
+        state.unflushed = true;
         Ok(())
     }
 
     fn stop_queue(&self, index: u16) -> Option<u16> {
-        let running = lock(&self.state).running.get(usize::from(index)).copied()?;
-        let next =
-            if running { self.command(index, |answer| Command::Stop(index, answer)) } else { None };
-        lock(&self.state).running[usize::from(index)] = false;
+        let next = self.halt_queue(index);
+        // The guest has reset its driver, moves to another host, or is gone: what it has not flushed may stay unflushed
+        // for ever.
+        if !lock(&self.state).running.contains(&true) {
+            self.flush_stopped();
+        }
         next
     }
 
@@ -363,7 +386,7 @@ impl Device for Export {
     fn disconnected(&self) {
         // `writeback` stays as the driver set it: a guest that comes back (or reads the configuration anew) sees what is true.
         self.set_features(0);
-        self.flush();
+        self.flush_stopped();
     }
 }
 

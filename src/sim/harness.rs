@@ -87,8 +87,7 @@ pub trait Subject {
 
     /// The format's orderly end, after the guest's last request and flush; then the node is dropped.
     fn close(&self, node: Arc<Node>) -> CheckFuture {
-        let _ = node;
-        Box::pin(std::future::ready(Ok(())))
+        Box::pin(async move { node.close().await.map_err(|e| e.to_string()) })
     }
 
     /// Whether a write that was complete must survive the death of the process, flushed or not.

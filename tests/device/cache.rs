@@ -8,7 +8,7 @@ use vhost_user_blk::error::Errno;
 use vhost_user_blk::export::ExportConfig;
 use virtio_bindings::virtio_blk as vb;
 use vub_client::proto::req;
-use vub_client::{Client, Options, Status};
+use vub_client::{Client, Conn, Options, Status};
 
 use crate::common::probe::{Asked, Probe};
 use crate::common::{Disk, Engine, FileDisk, MIB, config, small};
@@ -189,4 +189,56 @@ fn guests_that_cannot_flush_leave_no_dirty_page() {
             assert_eq!(unstable_pages(&file.image.path()), 0, "{aio}: write {i}");
         }
     }
+}
+
+/// A guest that resets its driver, moves away or goes has nobody to flush for it. Once is enough.
+#[test]
+fn the_last_queue_to_stop_flushes() {
+    let (disk, probe) = Probe::disk(config());
+    let mut client = disk.connect(Options { queues: 2, ..small() });
+    let flushes = || probe.take_log().into_iter().filter(|a| *a == Asked::Flush).count();
+    client.queue(0).write(0, &[1; 512]).unwrap();
+    client.stop_queue(0).unwrap();
+    assert_eq!(flushes(), 0, "the other one goes on");
+    client.stop_queue(1).unwrap();
+    assert_eq!(flushes(), 1);
+    client.stop_queue(1).unwrap();
+    assert_eq!(flushes(), 0, "it was stopped already");
+    client.start_queue(0).unwrap();
+    client.queue(0).write(0, &[1; 512]).unwrap();
+    // The answer is about the queue; the failure is logged, and the next stop tries again.
+    probe.fail_flushes(Some(Errno::EIO));
+    client.stop_queue(0).unwrap();
+    assert_eq!(flushes(), 1);
+    probe.fail_flushes(None);
+    client.start_queue(0).unwrap();
+    client.reset_device().unwrap();
+    assert_eq!(flushes(), 1);
+    drop(client);
+    // The next one is served when the last one is forgotten.
+    let client = disk.connect(small());
+    assert_eq!(flushes(), 0, "nothing has run since");
+    drop(client);
+    Conn::connect(disk.path()).unwrap().get_u64(req::GET_FEATURES).unwrap();
+    assert_eq!(flushes(), 1);
+}
+
+#[test]
+fn a_failed_flush_is_tried_again_at_the_end() {
+    let (disk, probe) = Probe::disk(config());
+    let mut client = disk.connect(small());
+    client.queue(0).write(0, &[1; 512]).unwrap();
+    probe.fail_flushes(Some(Errno::EIO));
+    client.stop_queue(0).unwrap();
+    drop(client);
+    assert!(!disk.export.close(), "what was written may be lost");
+}
+
+#[test]
+fn read_only_exports_flush_nothing() {
+    let (disk, probe) = Probe::disk(ExportConfig { writable: false, ..config() });
+    let mut client = disk.connect(small());
+    client.queue(0).read(0, &mut [0; 512]).unwrap();
+    client.stop_queue(0).unwrap();
+    assert_eq!(probe.take_log(), [Asked::Read(0, 512)]);
 }
