@@ -9,6 +9,7 @@
 
 mod lane;
 mod order;
+mod report;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -16,12 +17,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use vub_client::{Client, Error, Options, Queue, Result, sys};
 
 use crate::hist::Histogram;
 use crate::usage::{self, Snapshot, Usage};
 use lane::Lane;
+pub use report::Report;
 
 /// What the requests are.
 #[expect(clippy::enum_variant_names, reason = "fio's words")]
@@ -211,54 +213,6 @@ impl Job {
             ..Options::default()
         }
     }
-}
-
-/// What was measured.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Report {
-    /// Requests completed in the window.
-    pub ios: u64,
-    /// Of these, reads.
-    pub reads: u64,
-    /// Of these, writes.
-    pub writes: u64,
-    /// Of these, flushes.
-    pub flushes: u64,
-    /// Requests that ended with an error status, whenever.
-    pub errors: u64,
-    /// Length of the window.
-    pub seconds: f64,
-    /// Requests per second.
-    pub iops: f64,
-    /// 10^6 bytes per second.
-    pub mb_per_s: f64,
-    /// Latency.
-    pub lat_mean_ns: u64,
-    /// Median.
-    pub lat_p50_ns: u64,
-    /// 99th percentile.
-    pub lat_p99_ns: u64,
-    /// 99.9th percentile.
-    pub lat_p999_ns: u64,
-    /// Longest.
-    pub lat_max_ns: u64,
-    /// CPU time of the client's threads per request.
-    pub client_cpu_ns_per_io: f64,
-    /// Kicks sent per request.
-    pub kicks_per_io: f64,
-    /// Times an event-driven client slept, per request.
-    pub sleeps_per_io: f64,
-    /// CPU time of the back end per request, if its process is known.
-    pub backend_cpu_ns_per_io: f64,
-    /// Voluntary context switches of the back end per request.
-    pub backend_voluntary_per_io: f64,
-    /// Involuntary ones.
-    pub backend_involuntary_per_io: f64,
-    /// CPUs kept busy by neither client nor back end: compilers, but interrupts and kernel threads
-    /// working for the job, too.
-    pub foreign_cpus: f64,
-    /// The back end's totals.
-    pub backend: Option<Usage>,
 }
 
 /// What was seen from outside during the window.
@@ -510,6 +464,7 @@ fn report(job: &Job, total: &Tally, window: &Window) -> Report {
         backend_involuntary_per_io: usage.map_or(0.0, |u| per_io(u.involuntary)),
         foreign_cpus: busy_ns.saturating_sub(ours) as f64 / 1e9 / seconds,
         backend: usage,
+        extents_per_gib: None,
     }
 }
 

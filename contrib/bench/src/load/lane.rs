@@ -276,7 +276,7 @@ impl Lane {
     fn sector(&self, block: u64) -> u64 {
         let block = self.first_block + block;
         let hash = block.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-        (block * self.places + (hash * self.places >> 32)) * self.sectors
+        (block * self.places + ((hash * self.places) >> 32)) * self.sectors
     }
 
     #[inline]
