@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 
 use vub_client::sys;
 
-/// How long a back end may take to listen, and to end after SIGTERM.
+/// How long a back end may take to listen.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may take to end after SIGTERM: what it has not flushed must reach the disk.
+const ENDING: Duration = Duration::from_secs(60);
 /// Between two tries to connect: what the start-up time is exact to.
 const RETRY: Duration = Duration::from_micros(200);
 
@@ -113,7 +115,7 @@ impl Drop for Backend {
         drop(self.stream.take());
         let _ = sys::kill(self.child.id(), libc::SIGTERM);
         let begin = Instant::now();
-        while begin.elapsed() < PATIENCE {
+        while begin.elapsed() < ENDING {
             if !matches!(self.child.try_wait(), Ok(None)) {
                 return;
             }

@@ -1,16 +1,20 @@
-//! The preset cases: which disk, which job. They are what issue 2's bars are measured on.
+//! The preset cases: which disk, which job. They are what the bars of issues 2 and 3 are measured on.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use vub_client::sys;
+
 use crate::load::{Job, Mode, Rw};
+use crate::qcow2::{self, CLUSTER, Image, Kind};
 
 /// Bytes of every test file and of the null device.
 const DISK: u64 = 1 << 30;
 /// What test files are written and read with.
 const CHUNK: usize = 1 << 20;
+/// Bytes per request of the sequential cases.
+const SEQ: u64 = 128 << 10;
 
 /// Where the bytes of a case come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +27,8 @@ pub enum Medium {
     Tmpfs,
     /// A file with O_DIRECT, io_uring.
     Disk,
+    /// A qcow2 image in a file, io_uring.
+    Qcow2(Image),
 }
 
 /// One preset.
@@ -37,17 +43,31 @@ pub struct Case {
     iodepth: u16,
     queues: u16,
     client: Mode,
+    fsync: u32,
+    stride: u64,
+    once: bool,
 }
 
 const fn case(name: &'static str, medium: Medium, rw: Rw, iodepth: u16, client: Mode) -> Case {
-    Case { name, medium, rw, bs: 4096, iodepth, queues: 1, client }
+    Case {
+        name,
+        medium,
+        rw,
+        bs: 4096,
+        iodepth,
+        queues: 1,
+        client,
+        fsync: 0,
+        stride: 0,
+        once: false,
+    }
 }
 
 /// All presets, in the order they run.
 pub fn all() -> Vec<Case> {
     use Medium::{Disk, Null, Page, Tmpfs};
-    let seq = |name, rw| Case { bs: 128 << 10, ..case(name, Page, rw, 32, Mode::Poll) };
-    vec![
+    let seq = |name, rw| Case { bs: SEQ, ..case(name, Page, rw, 32, Mode::Poll) };
+    let mut cases = vec![
         case("null-d32-poll", Null, Rw::RandRead, 32, Mode::Poll),
         case("null-d1-event", Null, Rw::RandRead, 1, Mode::Event),
         case("null-d1-poll", Null, Rw::RandRead, 1, Mode::Poll),
@@ -59,6 +79,38 @@ pub fn all() -> Vec<Case> {
         case("tmpfs-native-d32", Tmpfs, Rw::RandRead, 32, Mode::Poll),
         case("disk-d1", Disk, Rw::RandRead, 1, Mode::Event),
         case("disk-d32", Disk, Rw::RandRead, 32, Mode::Poll),
+    ];
+    cases.extend(qcow2_cases());
+    cases
+}
+
+/// Those of issue 3. Allocating ones meet each cluster once: the second write to it is another case.
+fn qcow2_cases() -> [Case; 10] {
+    let any = |name, image, rw| case(name, Medium::Qcow2(image), rw, 32, Mode::Poll);
+    let full = Image::new(Kind::Full, qcow2::FULL);
+    let fresh = Image::new(Kind::Fresh, qcow2::FRESH);
+    let short = Image::new(Kind::Fresh, qcow2::COPIED);
+    let overlay = Image::new(Kind::Overlay, qcow2::COPIED);
+    let wide = Image {
+        direct: true,
+        options: qcow2::SMALL_CACHE,
+        ..Image::new(Kind::Mapped, qcow2::WIDE)
+    };
+    let allocating =
+        |name, image| Case { stride: CLUSTER, once: true, ..any(name, image, Rw::RandWrite) };
+    let seq = |name, queues| Case { bs: SEQ, once: true, queues, ..any(name, short, Rw::Write) };
+    [
+        any("q2-alloc-read", full, Rw::RandRead),
+        any("q2-alloc-write", full, Rw::RandWrite),
+        allocating("q2-fresh-write", fresh),
+        // No bar: one write in sixteen allocates, as when a guest fills a small disk.
+        Case { stride: 0, ..allocating("q2-fresh-mixed", Image { size: qcow2::FULL, ..fresh }) },
+        allocating("q2-fresh-direct", Image { direct: true, ..fresh }),
+        allocating("q2-overlay-cow", overlay),
+        seq("q2-seq-write", 1),
+        seq("q2-seq-write-4q", 4),
+        Case { fsync: 1, ..allocating("q2-flush", fresh) },
+        any("q2-miss", wide, Rw::RandRead),
     ]
 }
 
@@ -71,6 +123,9 @@ impl Case {
             iodepth: self.iodepth,
             queues: self.queues,
             client: self.client,
+            fsync: self.fsync,
+            stride: self.stride,
+            once: self.once,
             ..common.clone()
         }
     }
@@ -80,6 +135,17 @@ impl Case {
         self.queues
     }
 
+    /// The same job on a raw file, where that is what qcow2 is measured by.
+    pub fn on_raw(&self) -> Option<Self> {
+        let full = |image: Image| image.kind == Kind::Full;
+        matches!(self.medium, Medium::Qcow2(image) if full(image))
+            .then(|| Self { medium: Medium::Page, ..self.clone() })
+    }
+
+    fn writes(&self) -> bool {
+        !matches!(self.rw, Rw::Read | Rw::RandRead)
+    }
+
     /// The test file, if there is one.
     fn file(&self, dir: &Path) -> Option<PathBuf> {
         match self.medium {
@@ -87,6 +153,7 @@ impl Case {
             Medium::Page => Some(dir.join("page.raw")),
             Medium::Tmpfs => Some(PathBuf::from("/dev/shm/vub-bench.raw")),
             Medium::Disk => Some(dir.join("disk.raw")),
+            Medium::Qcow2(_) => Some(Image::path(dir)),
         }
     }
 
@@ -94,6 +161,7 @@ impl Case {
     pub fn blockdev(&self, dir: &Path) -> Vec<String> {
         let options = match self.medium {
             Medium::Null => return null(),
+            Medium::Qcow2(image) => return image.blockdev(dir),
             Medium::Page => "aio=io_uring",
             Medium::Tmpfs => "aio=native,cache.direct=on",
             Medium::Disk => "aio=io_uring,cache.direct=on",
@@ -113,17 +181,53 @@ impl Case {
     /// # Errors
     /// Those of the file system.
     pub fn prepare(&self, dir: &Path) -> io::Result<()> {
+        if let Medium::Qcow2(image) = self.medium {
+            let Some(raw) = self.on_raw() else { return image.prepare(dir, Path::new("")) };
+            raw.prepare(dir)?;
+            return image.prepare(dir, &raw.file(dir).unwrap_or_default());
+        }
         let Some(path) = self.file(dir) else { return Ok(()) };
         if fs::metadata(&path).map_or(0, |m| m.len()) != DISK {
-            fill(&path)?;
+            fill(&path, DISK)?;
         }
-        let file = File::open(&path)?;
-        file.sync_all()?;
-        if self.medium == Medium::Page {
-            // Reading it through the cache is what keeps it there.
-            io::copy(&mut file.take(DISK), &mut io::sink())?;
+        if self.medium == Medium::Page { warm(&path) } else { File::open(&path)?.sync_all() }
+    }
+
+    /// Before each run.
+    ///
+    /// # Errors
+    /// Those of making an image.
+    pub fn renew(&self, dir: &Path) -> io::Result<()> {
+        match self.medium {
+            Medium::Qcow2(image) => image.renew(dir),
+            Medium::Page => keep_warm(&self.file(dir).unwrap_or_default()),
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    /// After each run, the back end having ended: an image must be without fault. Extents per GiB where
+    /// the job was to write one in sequence.
+    ///
+    /// What was written goes to the disk now: some back ends flush when they end and some do not, and the
+    /// next run would pay for it.
+    ///
+    /// # Errors
+    /// What is wrong with the image.
+    pub fn judge(&self, dir: &Path) -> io::Result<Option<f64>> {
+        if let Some(path) = self.file(dir).filter(|_| self.writes()) {
+            File::open(path)?.sync_all()?;
+        }
+        let Medium::Qcow2(_) = self.medium else { return Ok(None) };
+        Image::check(dir)?;
+        (self.rw == Rw::Write).then(|| Image::extents_per_gib(dir)).transpose()
+    }
+
+    /// After the last run: images go, raw files stay for the next time.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn clean(&self, dir: &Path) -> io::Result<()> {
+        if let Medium::Qcow2(_) = self.medium { Image::remove(dir) } else { Ok(()) }
     }
 }
 
@@ -134,10 +238,10 @@ pub fn null() -> Vec<String> {
 }
 
 /// Every byte written: sparse or unwritten extents would be another thing to measure.
-fn fill(path: &Path) -> io::Result<()> {
+pub fn fill(path: &Path, size: u64) -> io::Result<()> {
     let mut file = File::create(path)?;
     let (mut chunk, mut word) = (vec![0; CHUNK], 0x9e37_79b9_7f4a_7c15_u64);
-    for _ in 0..DISK / CHUNK as u64 {
+    for _ in 0..size / CHUNK as u64 {
         for bytes in chunk.chunks_exact_mut(8) {
             word ^= word << 13;
             word ^= word >> 7;
@@ -147,9 +251,27 @@ fn fill(path: &Path) -> io::Result<()> {
         file.write_all(&chunk)?;
     }
     // Aligned extents, on the disk for good.
+    file.sync_all()
+}
+
+/// On the disk for good, and in the page cache in small pages. Writing and reading ahead leave large ones, of
+/// any size, and a small write into a large one costs the kernel up to ten times more: that would drown what is
+/// measured, and two files that are compared must not differ in it.
+pub fn warm(path: &Path) -> io::Result<()> {
+    let file = File::open(path)?;
     file.sync_all()?;
-    let mut last = [0];
-    File::open(path)?.read_exact_at(&mut last, DISK - 1)
+    sys::advise(&file, libc::POSIX_FADV_DONTNEED)?;
+    keep_warm(path)
+}
+
+/// Reads what the page cache has lost since `warm`: some machines take it away with memory to spare.
+pub fn keep_warm(path: &Path) -> io::Result<()> {
+    let mut file = File::open(path)?;
+    // No reading ahead, which makes large pages.
+    sys::advise(&file, libc::POSIX_FADV_RANDOM)?;
+    let mut chunk = vec![0; CHUNK];
+    while file.read(&mut chunk)? > 0 {}
+    Ok(())
 }
 
 /// The disk's file, for the start-up and idle measurements.

@@ -9,18 +9,19 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
-use vub_client::{Client, Options};
 
-use crate::backend::{Backend, Program};
+use crate::backend::Program;
 use crate::bars;
 use crate::cases::{self, Case};
+use crate::idle::{self, Idle, Large};
 use crate::load::{self, Job, Mode, Report};
-use crate::usage::{self, Rss, Snapshot};
+use crate::qcow2::Image;
+use crate::usage;
 
 /// CPUs that others may use in a run that counts.
 pub const QUIET: f64 = 0.15;
-/// Queues offered when idling: the bar's number.
-const IDLE_QUEUES: u16 = 16;
+/// Not a case with a job, but chosen as one: images of 1 TiB, opened.
+const LARGE: &str = "q2-open-1t";
 
 /// What to compare and how.
 #[derive(Args, Clone, Debug)]
@@ -143,7 +144,8 @@ pub struct Series {
 }
 
 impl Series {
-    fn new(case: &str, backend: &str, runs: Vec<Report>) -> Self {
+    /// Of all runs of a back end.
+    pub fn new(case: &str, backend: &str, runs: Vec<Report>) -> Self {
         let of = |f: fn(&Report) -> f64| Spread::of(runs.iter().map(f));
         Self {
             case: case.into(),
@@ -159,23 +161,12 @@ impl Series {
             runs,
         }
     }
-}
 
-/// A back end doing nothing.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Idle {
-    /// The back end's label.
-    pub backend: String,
-    /// From fork to the first accepted connection.
-    pub listening_ms: Spread,
-    /// Memory before a client connects, 16 queues offered.
-    pub rss_listening: Rss,
-    /// Memory with one queue running and one request done.
-    pub rss_connected: Rss,
-    /// Context switches per second, connected and idle.
-    pub switches_per_s: f64,
-    /// CPU share in percent, connected and idle.
-    pub cpu_percent: f64,
+    /// Of a number that not every run has.
+    pub fn some(&self, of: impl Fn(&Report) -> Option<f64>) -> Option<Spread> {
+        let values: Vec<f64> = self.runs.iter().filter_map(of).collect();
+        (!values.is_empty()).then(|| Spread::of(values))
+    }
 }
 
 /// Everything measured.
@@ -189,7 +180,10 @@ pub struct Results {
     pub series: Vec<Series>,
     /// One per back end.
     pub idle: Vec<Idle>,
-    /// Issue 2's bars, when both back ends ran.
+    /// Two per back end.
+    #[serde(default)]
+    pub large: Vec<Large>,
+    /// The bars, when both back ends ran.
     pub bars: Vec<bars::Outcome>,
 }
 
@@ -213,18 +207,19 @@ impl Plan {
         }
     }
 
+    fn wants(&self, case: &str) -> bool {
+        self.cases.is_empty() || self.cases.iter().any(|n| case.starts_with(n.as_str()))
+    }
+
     fn wanted(&self) -> Result<Vec<Case>, String> {
         let all = cases::all();
+        let names: Vec<_> = all.iter().map(|c| c.name).chain([LARGE]).collect();
         for name in &self.cases {
-            if !all.iter().any(|c| c.name.starts_with(name.as_str())) {
-                let names: Vec<_> = all.iter().map(|c| c.name).collect();
+            if !names.iter().any(|n| n.starts_with(name.as_str())) {
                 return Err(format!("no case {name}; there are {}", names.join(" ")));
             }
         }
-        let chosen = |c: &Case| {
-            self.cases.is_empty() || self.cases.iter().any(|n| c.name.starts_with(n.as_str()))
-        };
-        Ok(all.into_iter().filter(chosen).collect())
+        Ok(all.into_iter().filter(|c| self.wants(c.name)).collect())
     }
 }
 
@@ -257,8 +252,11 @@ pub fn run(plan: &Plan) -> Result<(), String> {
     }
     heading();
     for case in &wanted {
-        case.prepare(&plan.dir).map_err(|e| format!("{}: {e}", case.name))?;
-        for series in alternate(plan, &programs, case, &common)? {
+        let named = |e: io::Error| format!("{}: {e}", case.name);
+        let prepared = case.prepare(&plan.dir).map_err(named);
+        let all = prepared.and_then(|()| alternate(plan, &programs, case, &common));
+        case.clean(&plan.dir).map_err(named)?;
+        for series in all? {
             row(&series, results.series.iter().find(|s| s.case == series.case));
             results.series.push(series);
         }
@@ -266,10 +264,16 @@ pub fn run(plan: &Plan) -> Result<(), String> {
     if !plan.no_idle {
         cases::idle_disk().prepare(&plan.dir).map_err(text)?;
         for program in &programs {
-            let idle = idle(plan, program)?;
-            print_idle(&idle);
+            let idle = idle::idle(program, &plan.dir, plan.repeat)?;
+            idle.print();
             results.idle.push(idle);
         }
+    }
+    if plan.wants(LARGE) {
+        let large = idle::large(&programs, &plan.dir, plan.repeat);
+        Image::remove(&plan.dir).map_err(text)?;
+        results.large = large?;
+        results.large.iter().for_each(Large::print);
     }
     if programs.len() == 2 {
         results.bars = bars::judge(&results);
@@ -294,7 +298,7 @@ pub fn judge_file(path: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// A B A B ... on one case.
+/// A B A B ... on one case, or A R B A R B ... with A on a raw file as R.
 fn alternate(
     plan: &Plan,
     programs: &[Program],
@@ -304,14 +308,20 @@ fn alternate(
     let mut job = case.job(common);
     let pin = plan.pin == Pin::All || plan.pin == Pin::Poll && job.client == Mode::Poll;
     job.pin = pin.then_some(0);
-    let mut runs: Vec<Vec<Report>> = programs.iter().map(|_| Vec::new()).collect();
+    let mut peers: Vec<(Program, Case, Vec<Report>)> = Vec::new();
+    for program in programs {
+        peers.push((program.clone(), case.clone(), Vec::new()));
+        if let Some(raw) = case.on_raw().filter(|_| program.label == "A") {
+            peers.push((Program { label: bars::RAW.into(), ..program.clone() }, raw, Vec::new()));
+        }
+    }
     for _ in 0..plan.repeat {
-        for (program, runs) in programs.iter().zip(&mut runs) {
+        for (program, case, runs) in &mut peers {
             runs.push(quiet(plan, program, case, &job)?);
         }
     }
-    let series = |(p, runs): (&Program, Vec<Report>)| Series::new(case.name, &p.label, runs);
-    Ok(programs.iter().zip(runs).map(series).collect())
+    let series = |(p, case, runs): (Program, Case, _)| Series::new(case.name, &p.label, runs);
+    Ok(peers.into_iter().map(series).collect())
 }
 
 /// One run, repeated while others disturb it; the least disturbed one. Where the kernel itself works
@@ -346,50 +356,18 @@ fn wait_for_quiet(limit: Duration) {
 }
 
 fn once(plan: &Plan, program: &Program, case: &Case, job: &Job) -> Result<Report, String> {
+    let text = |e: io::Error| e.to_string();
+    case.renew(&plan.dir).map_err(text)?;
     let blockdev = case.blockdev(&plan.dir);
-    let mut backend =
-        program.start(&blockdev, case.queues(), &plan.dir).map_err(|e| e.to_string())?;
-    let mut client = connect(&mut backend, job.options())?;
+    let mut backend = program.start(&blockdev, case.queues(), &plan.dir).map_err(text)?;
+    let mut client = idle::connect(&mut backend, job.options())?;
     let report = load::run(job, &mut client, Some(backend.pid())).map_err(|e| e.to_string())?;
     if report.errors > 0 {
         return Err(format!("{} requests failed", report.errors));
     }
-    Ok(report)
-}
-
-fn connect(backend: &mut Backend, options: Options) -> Result<Client, String> {
-    let stream = backend.connect().map_err(|e| e.to_string())?;
-    Client::from_stream(stream, options).map_err(|e| e.to_string())
-}
-
-/// Start-up time, memory, and what it costs to be connected and idle.
-fn idle(plan: &Plan, program: &Program) -> Result<Idle, String> {
-    let text = |e: io::Error| e.to_string();
-    let blockdev = cases::idle_disk().blockdev(&plan.dir);
-    let start = || program.start(&blockdev, IDLE_QUEUES, &plan.dir).map_err(text);
-    let mut times = Vec::new();
-    for _ in 0..plan.repeat.max(3) {
-        times.push(start()?.listening.as_secs_f64() * 1e3);
-    }
-    let mut backend = start()?;
-    let pid = backend.pid();
-    let rss_listening = usage::rss(pid).map_err(text)?;
-    let mut client = connect(&mut backend, Options::default())?;
-    client.queue(0).read(0, &mut [0; 4096]).map_err(|e| e.to_string())?;
-    // Let every adaptive poll find out that nothing comes.
-    std::thread::sleep(Duration::from_secs(1));
-    let before = Snapshot::take(pid).map_err(text)?;
-    let seconds = 5.0;
-    std::thread::sleep(Duration::from_secs_f64(seconds));
-    let used = before.until(&Snapshot::take(pid).map_err(text)?);
-    Ok(Idle {
-        backend: program.label.clone(),
-        listening_ms: Spread::of(times),
-        rss_listening,
-        rss_connected: usage::rss(pid).map_err(text)?,
-        switches_per_s: (used.voluntary + used.involuntary) as f64 / seconds,
-        cpu_percent: used.cpu_ns as f64 / 1e7 / seconds,
-    })
+    drop(client);
+    drop(backend);
+    Ok(Report { extents_per_gib: case.judge(&plan.dir).map_err(text)?, ..report })
 }
 
 fn heading() {
@@ -415,13 +393,19 @@ fn row(s: &Series, first: Option<&Series>) {
     let ratio = first.map_or(String::new(), |a| {
         format!("{:>7.2} {:>7.2}", a.iops.median / s.iops.median, a.cpu_ns.median / s.cpu_ns.median)
     });
+    let note = |name: &str, of: fn(&Report) -> Option<f64>| {
+        s.some(of).map_or(String::new(), |v| format!("  {:.0} {name}", v.median))
+    };
+    let extents = note("extents/GiB", |r| r.extents_per_gib);
+    // Less is a page of the program now and then.
+    let reads = note("bytes read/io", |r| r.device_bytes_per_io().filter(|b| *b >= 512.0));
     let noisy = if s.foreign_cpus.median > QUIET {
         format!("  ({:.2} CPUs used by others)", s.foreign_cpus.median)
     } else {
         String::new()
     };
     println!(
-        "{:<19} {} {:>9.0} {:>19} {:>8.0} {:>8.0} {:>8.1} {:>8.1} {:>9.1} {:>5.2} {ratio}{noisy}",
+        "{:<19} {} {:>9.0} {:>19} {:>8.0} {:>8.0} {:>8.1} {:>8.1} {:>9.1} {:>5.2} {ratio}{extents}{reads}{noisy}",
         s.case,
         s.backend,
         s.iops.median,
@@ -432,25 +416,6 @@ fn row(s: &Series, first: Option<&Series>) {
         us(s.p99_ns),
         us(s.p999_ns),
         s.switches.median
-    );
-}
-
-fn print_idle(idle: &Idle) {
-    let mib = |kib: u64| kib as f64 / 1024.0;
-    println!(
-        "idle {}: listening after {:.1} ms ({:.1}..{:.1}); resident {:.1} MiB listening, {:.1} MiB \
-         connected (anon {:.1}, file {:.1}, shared {:.1}); {:.1} switches/s, {:.3} % CPU",
-        idle.backend,
-        idle.listening_ms.median,
-        idle.listening_ms.min,
-        idle.listening_ms.max,
-        mib(idle.rss_listening.total_kib),
-        mib(idle.rss_connected.total_kib),
-        mib(idle.rss_connected.anon_kib),
-        mib(idle.rss_connected.file_kib),
-        mib(idle.rss_connected.shmem_kib),
-        idle.switches_per_s,
-        idle.cpu_percent
     );
 }
 

@@ -8,6 +8,8 @@
 //! begins when its batch was reaped and ends when the batch it completes in was.
 
 mod lane;
+mod order;
+mod report;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -15,12 +17,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use vub_client::{Client, Error, Options, Queue, Result, sys};
 
 use crate::hist::Histogram;
 use crate::usage::{self, Snapshot, Usage};
 use lane::Lane;
+pub use report::Report;
 
 /// What the requests are.
 #[expect(clippy::enum_variant_names, reason = "fio's words")]
@@ -75,7 +78,8 @@ pub struct Job {
     /// Reads per hundred requests of randrw
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=100))]
     pub rwmixread: u32,
-    /// Flush after every N writes (1: flush-heavy; 0: never)
+    /// Flush after every N writes of each request in flight, which is a writer of its own: it waits for
+    /// its writes before it flushes, and for the flush before it goes on (0: never)
     #[arg(long, default_value_t = 0)]
     pub fsync: u32,
     /// Bytes per request
@@ -99,7 +103,7 @@ pub struct Job {
     /// Measure this many requests instead
     #[arg(long, default_value_t = 0)]
     pub ios: u64,
-    /// Seconds before measuring (not with --ios)
+    /// Seconds before measuring (not with --ios and --once)
     #[arg(long, default_value_t = 0.5)]
     pub warmup: f64,
     /// How the client learns of completions
@@ -111,6 +115,13 @@ pub struct Job {
     /// Use only this much of the disk (0: all of it)
     #[arg(long, value_parser = size, default_value = "0")]
     pub size: u64,
+    /// One request in each so many bytes, at an arbitrary block of them (0: every block)
+    #[arg(long, value_parser = size, default_value = "0")]
+    pub stride: u64,
+    /// Touch every block (or stride) once, in random order if the job is random; ends when all were.
+    /// No warm-up
+    #[arg(long)]
+    pub once: bool,
     /// Entries per ring
     #[arg(long, default_value_t = 256)]
     pub queue_size: u16,
@@ -144,6 +155,16 @@ impl Job {
         if self.segment == 0 { self.bs } else { self.segment.min(self.bs) }
     }
 
+    /// Bytes of the disk that one request stands for.
+    fn unit(&self) -> u64 {
+        self.stride.max(self.bs)
+    }
+
+    /// The work is given and not only its time: every request counts, there is no warm-up.
+    fn counted(&self) -> bool {
+        self.ios > 0 || self.once
+    }
+
     /// Descriptors of a request, header and status included.
     fn descs(&self) -> u64 {
         self.bs.div_ceil(self.segment_len().max(1)) + 2
@@ -156,6 +177,9 @@ impl Job {
         match () {
             () if self.bs == 0 || !self.bs.is_multiple_of(512) => {
                 Err("--bs must be a multiple of 512".into())
+            }
+            () if !self.stride.is_multiple_of(self.bs) => {
+                Err("--stride must be a multiple of --bs".into())
             }
             () if !self.segment.is_multiple_of(512) => {
                 Err("--segment must be a multiple of 512".into())
@@ -189,54 +213,6 @@ impl Job {
             ..Options::default()
         }
     }
-}
-
-/// What was measured.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Report {
-    /// Requests completed in the window.
-    pub ios: u64,
-    /// Of these, reads.
-    pub reads: u64,
-    /// Of these, writes.
-    pub writes: u64,
-    /// Of these, flushes.
-    pub flushes: u64,
-    /// Requests that ended with an error status, whenever.
-    pub errors: u64,
-    /// Length of the window.
-    pub seconds: f64,
-    /// Requests per second.
-    pub iops: f64,
-    /// 10^6 bytes per second.
-    pub mb_per_s: f64,
-    /// Latency.
-    pub lat_mean_ns: u64,
-    /// Median.
-    pub lat_p50_ns: u64,
-    /// 99th percentile.
-    pub lat_p99_ns: u64,
-    /// 99.9th percentile.
-    pub lat_p999_ns: u64,
-    /// Longest.
-    pub lat_max_ns: u64,
-    /// CPU time of the client's threads per request.
-    pub client_cpu_ns_per_io: f64,
-    /// Kicks sent per request.
-    pub kicks_per_io: f64,
-    /// Times an event-driven client slept, per request.
-    pub sleeps_per_io: f64,
-    /// CPU time of the back end per request, if its process is known.
-    pub backend_cpu_ns_per_io: f64,
-    /// Voluntary context switches of the back end per request.
-    pub backend_voluntary_per_io: f64,
-    /// Involuntary ones.
-    pub backend_involuntary_per_io: f64,
-    /// CPUs kept busy by neither client nor back end: compilers, but interrupts and kernel threads
-    /// working for the job, too.
-    pub foreign_cpus: f64,
-    /// The back end's totals.
-    pub backend: Option<Usage>,
 }
 
 /// What was seen from outside during the window.
@@ -316,7 +292,7 @@ pub fn run_queues(
     pid: Option<u32>,
 ) -> Result<Report> {
     let size = if job.size == 0 { capacity } else { job.size.min(capacity) };
-    if size / job.bs < queues.len() as u64 {
+    if size / job.unit() < queues.len() as u64 {
         return Err(Error::Protocol(format!("disk of {size} bytes is too small for the job")));
     }
     let calls: Vec<_> = queues.iter().map(|q| q.call_fd().try_clone()).collect();
@@ -331,16 +307,17 @@ pub fn run_queues(
         groups[i % threads].push(Lane::new(queue, job, size)?);
     }
     let workers = groups.into_iter().enumerate().map(|(i, lanes)| {
-        let (job, control) = (job.clone(), Arc::clone(&control));
+        let (job, control, conductor) = (job.clone(), Arc::clone(&control), thread::current());
         thread::spawn(move || {
             let result = worker(&job, i, lanes, &control);
             control.finished.fetch_add(1, Ordering::Release);
+            conductor.unpark();
             result
         })
     });
     let workers: Vec<_> = workers.collect();
     let window = conduct(job, &control, threads, pid);
-    if !wait_finished(&control, threads, vub_client::TIMEOUT, Duration::from_millis(1)) {
+    if !wait_finished(&control, threads, vub_client::TIMEOUT) {
         control.phase.store(ABORT, Ordering::Relaxed);
         calls.iter().flatten().for_each(|call| drop(call.write(1)));
     }
@@ -353,14 +330,15 @@ pub fn run_queues(
 }
 
 /// Waits for the client threads, `false` when they take too long.
-fn wait_finished(control: &Control, threads: usize, limit: Duration, step: Duration) -> bool {
+fn wait_finished(control: &Control, threads: usize, limit: Duration) -> bool {
     let start = Instant::now();
     while control.finished.load(Ordering::Acquire) < threads {
         let left = limit.saturating_sub(start.elapsed());
         if left.is_zero() {
             return false;
         }
-        thread::sleep(left.min(step));
+        // The threads wake us: looking now and then would take CPU time from what is measured.
+        thread::park_timeout(left);
     }
     true
 }
@@ -369,17 +347,15 @@ fn wait_finished(control: &Control, threads: usize, limit: Duration, step: Durat
 fn conduct(job: &Job, control: &Control, threads: usize, pid: Option<u32>) -> Window {
     let busy = || usage::machine_busy_ns().unwrap_or(0);
     let look = || pid.and_then(|pid| Snapshot::take(pid).ok());
-    if job.ios == 0 {
+    if !job.counted() {
         thread::sleep(Duration::from_secs_f64(job.warmup));
     }
     let (before, busy_before) = (look(), busy());
     let start = Instant::now();
     control.phase.store(MEASURE, Ordering::Relaxed);
     // With --ios the threads end by themselves, the limit is only against hanging for ever.
-    // Looking often would take CPU time from what is measured.
-    let (limit, step) = if job.ios == 0 { (job.time, 100) } else { (3600.0, 1) };
-    let limit = Duration::from_secs_f64(limit);
-    wait_finished(control, threads, limit, Duration::from_millis(step));
+    let limit = if job.ios == 0 { job.time } else { 3600.0 };
+    wait_finished(control, threads, Duration::from_secs_f64(limit));
     control.phase.store(STOP, Ordering::Relaxed);
     let seconds = start.elapsed().as_secs_f64();
     let usage = before.zip(look()).map(|(before, after)| before.until(&after));
@@ -393,13 +369,17 @@ fn worker(job: &Job, index: usize, mut lanes: Vec<Lane>, control: &Control) -> R
     let (mut tally, mut phase) = (Tally::new(), WARMUP);
     let total = u64::from(job.queues);
     let quota = if job.ios == 0 { u64::MAX } else { job.ios * lanes.len() as u64 / total };
+    // Counted work begins with the window; other work before it, to be warm by then.
+    while job.counted() && control.phase.load(Ordering::Relaxed) == WARMUP {
+        std::hint::spin_loop();
+    }
     let (base, mut cpu) = (Instant::now(), sys::thread_cpu_ns());
     let mut completed = 0;
     lanes.iter_mut().try_for_each(|lane| lane.refill(0, &mut tally))?;
     loop {
         let now_phase = control.phase.load(Ordering::Relaxed);
         if now_phase != phase {
-            if now_phase == MEASURE && job.ios == 0 {
+            if now_phase == MEASURE && !job.counted() {
                 tally.clear();
                 cpu = sys::thread_cpu_ns();
             }
@@ -414,7 +394,7 @@ fn worker(job: &Job, index: usize, mut lanes: Vec<Lane>, control: &Control) -> R
             progress += n;
         }
         completed += progress;
-        if completed >= quota {
+        if completed >= quota || lanes.iter_mut().all(Lane::done) {
             break;
         }
         if progress == 0 {
@@ -484,6 +464,7 @@ fn report(job: &Job, total: &Tally, window: &Window) -> Report {
         backend_involuntary_per_io: usage.map_or(0.0, |u| per_io(u.involuntary)),
         foreign_cpus: busy_ns.saturating_sub(ours) as f64 / 1e9 / seconds,
         backend: usage,
+        extents_per_gib: None,
     }
 }
 

@@ -8,7 +8,9 @@ mod bars;
 mod cases;
 mod compare;
 mod hist;
+mod idle;
 mod load;
+mod qcow2;
 mod selftest;
 mod usage;
 
@@ -44,7 +46,7 @@ enum Cmd {
         #[command(flatten)]
         job: Job,
     },
-    /// Run two back ends in turn on the preset cases, and judge them by issue 2's bars
+    /// Run two back ends in turn on the preset cases, and judge them by the bars of issues 2 and 3
     Compare {
         #[command(flatten)]
         plan: Box<compare::Plan>,

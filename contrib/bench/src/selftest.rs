@@ -105,4 +105,22 @@ mod tests {
         assert!(job("--iodepth 100 --no-indirect").check().is_err());
         assert!(job("--bs 1000").check().is_err());
     }
+
+    #[test]
+    fn once_touches_every_stride_and_ends() {
+        for line in [
+            "--rw randwrite --size 4m --stride 64k --once --iodepth 8",
+            "--rw write --size 256k --once --iodepth 8 --client event",
+            "--rw randwrite --size 8m --stride 64k --once --queues 2 --fsync 1 --iodepth 4",
+        ] {
+            let job = job(line);
+            job.check().unwrap();
+            let report = run(&job).unwrap();
+            let blocks = job.size / job.stride.max(job.bs);
+            assert_eq!(report.writes, blocks, "{line}");
+            assert_eq!(report.flushes, if job.fsync > 0 { blocks } else { 0 }, "{line}");
+            assert!(report.seconds < job.time, "{line}: waited for the clock");
+        }
+        assert!(job("--stride 6k").check().is_err());
+    }
 }

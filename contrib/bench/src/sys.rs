@@ -209,6 +209,18 @@ pub fn pin_thread(cpu: usize) -> io::Result<()> {
     Ok(())
 }
 
+/// Gives the kernel a `POSIX_FADV_*` word about a whole file.
+///
+/// # Errors
+/// The system call's.
+pub fn advise(file: &impl AsRawFd, advice: libc::c_int) -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, advice) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
 /// Sends a signal to a process.
 ///
 /// # Errors

@@ -16,6 +16,8 @@ pub struct Snapshot {
     cpu_ns: u64,
     /// utime and stime in clock ticks, for their proportion only.
     ticks: (u64, u64),
+    /// Bytes it had devices read; page cache and holes of files are not in it.
+    read_bytes: u64,
     /// Voluntary and involuntary switches per thread.
     switches: HashMap<u32, (u64, u64)>,
 }
@@ -31,6 +33,9 @@ pub struct Usage {
     pub voluntary: u64,
     /// Times a thread was pushed off its CPU.
     pub involuntary: u64,
+    /// Bytes read from devices.
+    #[serde(default)]
+    pub read_bytes: u64,
 }
 
 /// Resident memory in KiB.
@@ -73,7 +78,9 @@ impl Snapshot {
             let voluntary = field(&status, "voluntary_ctxt_switches");
             switches.insert(tid, (voluntary, field(&status, "nonvoluntary_ctxt_switches")));
         }
-        Ok(Self { cpu_ns: sys::process_cpu_ns(pid)?, ticks: ticks(pid)?, switches })
+        let io = fs::read_to_string(format!("/proc/{pid}/io"))?;
+        let read_bytes = field(&io, "read_bytes");
+        Ok(Self { cpu_ns: sys::process_cpu_ns(pid)?, ticks: ticks(pid)?, read_bytes, switches })
     }
 
     /// What happened until `end`.
@@ -83,6 +90,7 @@ impl Snapshot {
         let mut usage = Usage {
             cpu_ns: end.cpu_ns.saturating_sub(self.cpu_ns),
             user_share: user / (user + system).max(1.0),
+            read_bytes: end.read_bytes.saturating_sub(self.read_bytes),
             ..Usage::default()
         };
         for (tid, now) in &end.switches {

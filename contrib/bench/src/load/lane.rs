@@ -13,6 +13,7 @@ use vub_client::blk::HEADER_LEN;
 use vub_client::ring::{DESC_LEN, Seg};
 use vub_client::{Buf, Error, Queue, Result, Status, sys};
 
+use super::order::Order;
 use super::{Job, Rw, Tally};
 
 /// Distance of headers: a cache line each, the status byte in the header's line as in Linux.
@@ -37,6 +38,7 @@ struct Slot {
     op: usize,
     block: u64,
     start_ns: u64,
+    writes_since_flush: u32,
 }
 
 /// What `--verify` remembers.
@@ -57,16 +59,23 @@ pub struct Lane {
     free: Vec<u16>,
     rng: u64,
     next_seq: u64,
+    /// Of a random `--once`.
+    order: Option<Order>,
+    once: bool,
+    /// `--once` has nothing left to start.
+    exhausted: bool,
     first_block: u64,
     blocks: u64,
-    writes_since_flush: u32,
     since_disarm: u32,
     errors: u64,
     shadow: Option<Shadow>,
     rw: Rw,
     read_share: u32,
     fsync: u32,
-    sectors_per_block: u64,
+    /// Sectors of a request.
+    sectors: u64,
+    /// Requests that fit a block: more than one with `--stride`.
+    places: u64,
     indirect: bool,
 }
 
@@ -88,34 +97,47 @@ impl Lane {
             segs.extend(cuts.map(|c| Seg::inn(data.gpa() + c, len32(step.min(job.bs - c)))));
             segs.push(Seg::inn(at + STATUS_AT as u64, 1));
             let table = mem.alloc(segs.len() * DESC_LEN, 64)?;
-            Ok(Slot { segs: segs.into(), table, data, op: READ, block: 0, start_ns: 0 })
+            Ok(Slot {
+                segs: segs.into(),
+                table,
+                data,
+                op: READ,
+                block: 0,
+                start_ns: 0,
+                writes_since_flush: 0,
+            })
         };
         let slots = (0..depth).map(slot).collect::<Result<Box<[_]>>>()?;
-        let blocks = size / job.bs / u64::from(job.queues);
+        let blocks = size / job.unit() / u64::from(job.queues);
         let index = u64::from(queue.index());
         let shadow = job.verify.then(|| Shadow {
             generation: vec![0; blocks as usize],
             busy: vec![false; blocks as usize],
             scratch: vec![0; bytes],
         });
+        // Any odd constant: seeds of queues must differ and not be 0.
+        let rng = (job.seed + index).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let random = !matches!(job.rw, Rw::Read | Rw::Write);
         Ok(Self {
             own,
             slots,
             slot_of_head: vec![0; usize::from(job.queue_size)].into(),
             free: (0..job.iodepth).collect(),
-            // Any odd constant: seeds of queues must differ and not be 0.
-            rng: (job.seed + index).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+            rng,
             next_seq: 0,
+            order: (job.once && random).then(|| Order::new(blocks, rng)),
+            once: job.once,
+            exhausted: false,
             first_block: index * blocks,
             blocks,
-            writes_since_flush: 0,
             since_disarm: 0,
             errors: 0,
             shadow,
             rw: job.rw,
             read_share: job.rwmixread,
             fsync: job.fsync,
-            sectors_per_block: job.bs / 512,
+            sectors: job.bs / 512,
+            places: job.unit() / job.bs,
             indirect: queue.indirect,
             queue,
         })
@@ -127,6 +149,11 @@ impl Lane {
 
     pub fn in_flight(&mut self) -> u16 {
         self.queue.ring().in_flight()
+    }
+
+    /// Nothing in flight, and nothing left to do.
+    pub fn done(&mut self) -> bool {
+        self.exhausted && self.in_flight() == 0
     }
 
     /// Asks for an interrupt; true when there is something to reap instead.
@@ -193,7 +220,11 @@ impl Lane {
     #[inline]
     pub fn refill(&mut self, now: u64, tally: &mut Tally) -> Result<()> {
         while let Some(slot) = self.free.pop() {
-            self.start(slot, now)?;
+            let op = self.choose_op(slot);
+            // A slot that finds no block has retired.
+            if let Some(block) = self.choose_block(op) {
+                self.start(slot, op, block, now)?;
+            }
         }
         self.queue.ring().publish();
         if self.queue.ring().needs_kick() {
@@ -204,13 +235,10 @@ impl Lane {
     }
 
     #[inline]
-    fn start(&mut self, index: u16, now: u64) -> Result<()> {
-        let op = self.choose_op();
-        let block = if op == FLUSH { 0 } else { self.choose_block() };
+    fn start(&mut self, index: u16, op: usize, block: u64, now: u64) -> Result<()> {
         let at = usize::from(index) * OWN_LEN;
         let kind = [vb::VIRTIO_BLK_T_IN, vb::VIRTIO_BLK_T_OUT, vb::VIRTIO_BLK_T_FLUSH][op];
-        let sector =
-            if op == FLUSH { 0 } else { (self.first_block + block) * self.sectors_per_block };
+        let sector = if op == FLUSH { 0 } else { self.sector(block) };
         self.own.u64_at(at).store(u64::from(kind).to_le(), Ordering::Relaxed);
         self.own.u64_at(at + 8).store(sector.to_le(), Ordering::Relaxed);
         self.own.u8_at(at + STATUS_AT).store(Status::POISON, Ordering::Relaxed);
@@ -232,35 +260,58 @@ impl Lane {
         let ring = self.queue.ring();
         let head =
             if self.indirect { ring.add_indirect(&slot.table, segs)? } else { ring.add(segs)? };
+        slot.writes_since_flush = match op {
+            WRITE => slot.writes_since_flush + 1,
+            FLUSH => 0,
+            _ => slot.writes_since_flush,
+        };
         slot.op = op;
         (slot.block, slot.start_ns) = (block, now);
         self.slot_of_head[usize::from(head)] = index;
         Ok(())
     }
 
+    /// Where a block is, or with `--stride` where in it the request goes: always the same place.
     #[inline]
-    fn choose_op(&mut self) -> usize {
+    fn sector(&self, block: u64) -> u64 {
+        let block = self.first_block + block;
+        let hash = block.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        (block * self.places + ((hash * self.places) >> 32)) * self.sectors
+    }
+
+    #[inline]
+    fn choose_op(&mut self, slot: u16) -> usize {
         let write = match self.rw {
             Rw::Read | Rw::RandRead => return READ,
             Rw::Write | Rw::RandWrite => true,
             Rw::RandRw => (self.random() >> 32) % 100 >= u64::from(self.read_share),
         };
-        if !write {
-            return READ;
+        let flush =
+            self.fsync > 0 && self.slots[usize::from(slot)].writes_since_flush >= self.fsync;
+        match (write, flush) {
+            (false, _) => READ,
+            (true, false) => WRITE,
+            (true, true) => FLUSH,
         }
-        if self.fsync > 0 && self.writes_since_flush >= self.fsync {
-            self.writes_since_flush = 0;
-            return FLUSH;
-        }
-        self.writes_since_flush += 1;
-        WRITE
     }
 
+    /// The next block, 0 for a flush, None when every block had its turn.
     #[inline]
-    fn choose_block(&mut self) -> u64 {
-        let mut block = if matches!(self.rw, Rw::Read | Rw::Write) {
+    fn choose_block(&mut self, op: usize) -> Option<u64> {
+        if op == FLUSH {
+            return Some(0);
+        }
+        let mut block = if let Some(order) = &mut self.order {
+            let next = order.next();
+            self.exhausted = next.is_none();
+            next?
+        } else if matches!(self.rw, Rw::Read | Rw::Write) {
+            if self.exhausted {
+                return None;
+            }
             let block = self.next_seq;
             self.next_seq = if block + 1 == self.blocks { 0 } else { block + 1 };
+            self.exhausted = self.once && self.next_seq == 0;
             block
         } else {
             // Multiply-shift instead of a division: 32 random bits are enough for 2^32 blocks.
@@ -274,7 +325,7 @@ impl Lane {
             }
             shadow.busy[block as usize] = true;
         }
-        block
+        Some(block)
     }
 
     /// Before a request of a `--verify` run: what a write will write.
