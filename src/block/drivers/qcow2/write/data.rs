@@ -50,8 +50,8 @@ impl Image {
                     crew.add(Box::pin(self.overwrite(w, (host.0, piece), no_flags, pin))).await;
                 }
                 Ok((Plan::Fill(fill), _)) => {
-                    let n = usize::try_from(fill.data.end - fill.data.start)
-                        .map_err(|_| Errno::EIO)?;
+                    let n =
+                        usize::try_from(fill.data.end - fill.data.start).map_err(|_| Errno::EIO)?;
                     done += n;
                     crew.add(Box::pin(self.fill(w, *fill, rest.slice(0, n)))).await;
                 }
@@ -226,8 +226,8 @@ impl Image {
     fn abandon(&self, w: &Writing, fill: &Fill) {
         let mut meta = w.lock();
         if let Some(run) = &fill.allocated {
-            let freed = (run.first..run.first + run.count)
-                .map(|cluster| Freed { cluster, discard: false });
+            let freed =
+                (run.first..run.first + run.count).map(|cluster| Freed { cluster, discard: false });
             meta.limbo.push_ready(freed);
         }
         let waiting = meta.busy.end(fill.first);

@@ -39,8 +39,8 @@ use std::time::{Duration, Instant};
 
 use super::Image;
 use super::flight::Flights;
-use super::header_io::HeaderIo;
 use super::header::Header;
+use super::header_io::HeaderIo;
 use super::layout::MAX_HOST_OFFSET;
 use super::opened::ForWriting;
 use super::options::{Choices, Overlap};

@@ -144,12 +144,7 @@ impl Image {
 
     /// How many of the clusters from `at`'s on, up to the last of `len` bytes, may be planned for now: not busy, in one slice that
     /// is cached, of a table that nobody shares. 0: the first is busy.
-    pub fn plannable(
-        &self,
-        meta: &Meta,
-        at: GuestOffset,
-        len: u64,
-    ) -> Result<u64, Need> {
+    pub fn plannable(&self, meta: &Meta, at: GuestOffset, len: u64) -> Result<u64, Need> {
         let g = &self.geometry;
         let first = at.0 >> g.cluster_bits;
         let count = (g.in_cluster(at) + len).div_ceil(g.cluster_size());

@@ -122,7 +122,9 @@ impl Image {
                     left.next();
                     continue;
                 }
-                Err(Blocked::Load { index, offset }) => self.load_block_once(w, index, offset).await,
+                Err(Blocked::Load { index, offset }) => {
+                    self.load_block_once(w, index, offset).await
+                }
                 Err(Blocked::Corrupt(damage)) => {
                     log::error!("qcow2: cannot free cluster {:#x}: {damage}", next.cluster << bits);
                     left.next();
@@ -185,7 +187,9 @@ impl Image {
             let first = clusters[at];
             let mut count = 0;
             // Only what nobody else refers to.
-            while clusters.get(at) == Some(&(first + count)) && self.refcount(w, clusters[at]).await == Ok(1) {
+            while clusters.get(at) == Some(&(first + count))
+                && self.refcount(w, clusters[at]).await == Ok(1)
+            {
                 at += 1;
                 count += 1;
             }
