@@ -173,3 +173,56 @@ fn cut(subject: &Qcow2, plan: &Plan) -> Result<Report, Failure> {
 fn qcow2_keeps_every_promise() {
     harness::seeds("qcow2", Duration::from_secs(8), |seed| one(seed, anything, None, cut));
 }
+
+/// Any request fails, once; with room for the flush to be tried again.
+fn faults(subject: &Qcow2, plan: &Plan) -> Result<Report, Failure> {
+    let plan = &Plan { cuts: Cuts::Random(1), outcomes: 2, lives: 1, ..*plan };
+    let errno = if plan.seed.is_multiple_of(2) { Errno::EIO } else { Errno::ENOSPC };
+    let mut report = harness::run_faults(subject, plan, ("image", &Request::ALL, errno), 3)?;
+    if subject.setup.data_file.is_some() {
+        report += harness::run_faults(subject, plan, ("data", &Request::ALL, errno), 2)?;
+    }
+    Ok(report)
+}
+
+fn small(_: &mut Setup, plan: &mut Plan, _: &mut Rng) {
+    plan.workload.operations = 50;
+}
+
+#[test]
+fn faults_lose_nothing_else() {
+    harness::seeds("qcow2 with faults", Duration::from_secs(6), |seed| {
+        one(seed, small, None, faults)
+    });
+}
+
+/// Every boundary of a short run.
+fn boundaries(subject: &Qcow2, plan: &Plan) -> Result<Report, Failure> {
+    harness::run(subject, &Plan { cuts: Cuts::Every(1), outcomes: 4, lives: 1, ..*plan })
+}
+
+#[test]
+fn every_boundary() {
+    let short: Shape = |_, plan, _| plan.workload.operations = 30;
+    harness::seeds("qcow2 at every boundary", Duration::from_secs(4), |seed| {
+        one(seed, short, None, boundaries)
+    });
+}
+
+/// Little room: writes fail, discards make room, writes go on.
+fn full(setup: &mut Setup, plan: &mut Plan, rng: &mut Rng) {
+    setup.room = Some(setup.cluster() * rng.below(30) + (rng.below(3) << 12));
+    setup.data_file = None;
+    setup.preallocated = false;
+    setup.options.retain(|(name, _)| *name != "discard-no-unref");
+    plan.workload.full = true;
+    plan.workload.mix.discard = 30;
+    plan.workload.operations = 120;
+}
+
+#[test]
+fn a_full_disk() {
+    harness::seeds("qcow2 on a full disk", Duration::from_secs(4), |seed| {
+        one(seed, full, None, cut)
+    });
+}
