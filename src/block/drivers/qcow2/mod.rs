@@ -16,9 +16,11 @@ mod flight;
 pub mod header;
 #[allow(dead_code, reason = "for the write path")]
 mod header_io;
+mod header_write;
 #[allow(dead_code, reason = "changes are the write path's side")]
 mod l1;
 pub mod layout;
+mod limits;
 mod open;
 #[allow(dead_code, reason = "what is found is for the write path")]
 mod opened;
