@@ -48,8 +48,11 @@ fn live(rig: &mut Rig, steps: &[Step]) {
             }
             20..23 => rig.snapshot(),
             23..25 => rig.finish(),
-            25 => rig.fail(choice(3), *b),
-            26 => rig.crash(choice(3), *b),
+            25..28 => {
+                rig.snapshot();
+                rig.fail(choice(3), *b);
+            }
+            28 => rig.crash(choice(3), *b),
             _ => {}
         }
     }
@@ -57,7 +60,7 @@ fn live(rig: &mut Rig, steps: &[Step]) {
 }
 
 fn steps(n: usize) -> impl Strategy<Value = Vec<Step>> {
-    proptest::collection::vec((0u8..27, any::<u16>(), any::<u64>()), 1..n)
+    proptest::collection::vec((0u8..29, any::<u16>(), any::<u64>()), 1..n)
 }
 
 proptest! {
@@ -65,7 +68,7 @@ proptest! {
 
     #[test]
     fn any_width_is_kept(
-        order in 0u32..=6, bits in 9u32..=11, more in 0u64..40, room in 0u64..3000, slots in 1usize..5,
+        order in 0u32..=6, bits in 9u32..=13, more in prop_oneof![0u64..40, 0u64..2000], room in 0u64..3000, slots in 1usize..5,
         steps in steps(80),
     ) {
         live(&mut Rig::new(geometry(bits, order), 1, more, room, slots), &steps);
@@ -80,6 +83,40 @@ proptest! {
     #[test]
     fn tables_grow(more in 0u64..100, room in 0u64..20_000, slots in 1usize..5, steps in steps(60)) {
         live(&mut Rig::new(geometry(9, 6), 64, more, room, slots), &steps);
+    }
+}
+
+/// A table moves, or a block is new: whatever arrives of what is written then, nothing that is in use becomes free.
+#[test]
+fn a_table_can_be_cut_off_anywhere() {
+    let cases =
+        (0..3).flat_map(|phase| [0, u64::MAX, 0x5555_5555, 0xaaaa_aaaa].map(|c| (phase, c)));
+    for ((phase, chosen), regions) in cases.flat_map(|case| [(case, 64), (case, 20)]) {
+        for then in 0..3 {
+            let mut rig = Rig::new(geometry(9, 6), regions, 0, 20_000, 2);
+            rig.allocate(63, None).unwrap();
+            rig.sync();
+            // The first cluster that the first table, or the last block, does not know.
+            let old = rig.metadata.len();
+            rig.allocate(30, None).unwrap();
+            assert!(rig.metadata.len() > old);
+            rig.snapshot();
+            rig.allocate(2, None).unwrap();
+            rig.fail(phase, chosen);
+            // The old table must not be had yet: the header may point to it.
+            let run = rig.allocate(1, None).unwrap();
+            assert!(run.first > 4000 || regions < 64);
+            match then {
+                0 => rig.crash(0, 0),
+                1 => {
+                    rig.snapshot();
+                    rig.crash(2 - phase, !chosen);
+                }
+                _ => rig.sync(),
+            }
+            rig.allocate(100, None).unwrap();
+            rig.sync();
+        }
     }
 }
 
@@ -175,22 +212,27 @@ fn a_full_device_can_be_used_again() {
 #[test]
 fn a_large_table_grows() {
     let g = geometry(16, 4);
-    let mut rig = Rig::new(g, 1, 0, 1 << 30, 4);
-    (0..8192).for_each(|region| rig.refs.rooms.note(region, 0));
     let base = 8192 << g.refblock_bits();
-    // Behind a block and a table of two clusters.
-    let run = rig.allocate(7, None);
-    assert_eq!(run, Some(Run { first: base + 3, count: 7, fresh: true }));
-    rig.flush();
-    assert_eq!(
-        rig.metadata,
-        BTreeSet::from([1, 2, base, base + 1, base + 2]),
-        "block 0 is not cached"
-    );
-    rig.sync();
-    assert_eq!(rig.metadata, BTreeSet::from([2, base, base + 1, base + 2]));
-    assert_eq!(rig.refs.memory(), 2 * 65536);
-    assert_eq!(rig.allocate(9, None), Some(Run { first: 1, count: 1, fresh: false }));
+    // Where the file ends; if it is longer, there is garbage in it.
+    for end in [3, base + 100] {
+        let mut disk = Rig::new(g, 1, 0, 0, 1).disk;
+        if end > base {
+            (base..base + 3).for_each(|cluster| disk.fill(&g, cluster));
+        }
+        let mut rig = Rig::open(g, disk, end, 1 << 30, 4);
+        (0..8192).for_each(|region| rig.refs.rooms.note(region, 0));
+        // Behind a block and a table of two clusters.
+        let run = rig.allocate(7, None);
+        assert_eq!(run, Some(Run { first: base + 3, count: 7, fresh: end < base }));
+        rig.flush();
+        let new = [base, base + 1, base + 2];
+        // The block that describes the old table is not cached.
+        assert_eq!(rig.metadata, BTreeSet::from_iter([1, 2].into_iter().chain(new)));
+        rig.sync();
+        assert_eq!(rig.metadata, BTreeSet::from_iter([2].into_iter().chain(new)));
+        assert_eq!(rig.refs.memory(), 2 * 65536);
+        assert_eq!(rig.allocate(9, None), Some(Run { first: 1, count: 1, fresh: false }));
+    }
 }
 
 #[test]

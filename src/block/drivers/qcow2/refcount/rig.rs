@@ -28,6 +28,13 @@ impl Disk {
         }
     }
 
+    /// Garbage at both ends of a cluster.
+    pub fn fill(&mut self, g: &Geometry, cluster: u64) {
+        let start = cluster << g.cluster_bits;
+        self.write(start, &[0xab; 512]);
+        self.write(start + g.cluster_size() - 512, &[0xab; 512]);
+    }
+
     pub fn word(&self, offset: u64) -> u64 {
         u64::from_be_bytes(self.read(offset, 8).try_into().unwrap())
     }
@@ -92,7 +99,7 @@ impl Rig {
         }
         let end = used + u64::from(regions > 1) + more;
         for cluster in end - more..end {
-            disk.write(cluster << g.cluster_bits, &vec![0xab; g.cluster_size() as usize]);
+            disk.fill(&g, cluster);
         }
         Rig::open(g, disk, end, end + room, slots)
     }
@@ -164,8 +171,7 @@ impl Rig {
     /// The guest's data.
     pub fn fill(&mut self, first: u64, count: u64) {
         for cluster in first..first + count {
-            let bytes = vec![0xab; self.g.cluster_size() as usize];
-            self.disk.write(cluster << self.g.cluster_bits, &bytes);
+            self.disk.fill(&self.g, cluster);
         }
     }
 
