@@ -14,6 +14,9 @@ mod blocks;
 mod damage;
 mod fields;
 mod pieces;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod rig;
 mod room;
 mod search;
 mod table;
@@ -341,6 +344,7 @@ impl Refcounts {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
+#[cfg(not(loom))]
 #[path = "refcount_tests.rs"]
 mod tests;
