@@ -51,7 +51,7 @@ fn kill_often(image: Image, engine: Engine) {
             gentle: gentle(),
         };
         // Any moment, some of them early.
-        let most = [10, 400][usize::try_from(random.below(4).min(1)).unwrap()];
+        let most = [10, 240][usize::try_from(random.below(4).min(1)).unwrap()];
         let requests = usize::try_from(random.below(if alone { most / 8 } else { most })).unwrap();
         sum.requests += kill_amid(&model, &mut client, load, program, requests);
         sum.amid += usize::from(client.queues_mut().iter().any(|q| q.in_flight() > 0));
