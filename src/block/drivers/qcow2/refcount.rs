@@ -320,6 +320,15 @@ impl Refcounts {
         self.table.runs()
     }
 
+    /// Whether `cluster` is part of a refcount table (`true`) or a refcount block; `None`: neither.
+    pub fn is_table(&self, cluster: u64) -> Option<bool> {
+        let mut tables = self.table.own_runs();
+        if tables.any(|(first, count)| (first..first + count).contains(&cluster)) {
+            return Some(true);
+        }
+        self.table.runs().any(|(first, _)| first == cluster).then_some(false)
+    }
+
     /// Table clusters that were made or freed since the last call, in order.
     pub fn take_changes(&mut self) -> Vec<Change> {
         std::mem::take(&mut self.changes)

@@ -121,7 +121,7 @@ impl Reftable {
     }
 
     /// The table's and old tables' runs.
-    fn own_runs(&self) -> impl Iterator<Item = (u64, u64)> {
+    pub fn own_runs(&self) -> impl Iterator<Item = (u64, u64)> {
         let old = self.retired.iter().chain(&self.unused).copied();
         std::iter::once((self.first, self.clusters)).chain(old)
     }
