@@ -1,6 +1,7 @@
 //! What is to be done for a write, decided under the lock and never by waiting.
 #![forbid(unsafe_code)]
 
+use std::sync::atomic::Ordering;
 use std::task::Waker;
 
 use super::limbo::Freed;
@@ -285,7 +286,11 @@ impl Image {
         let (host, allocated) = if g.data_file {
             (HostOffset(start.0), None)
         } else {
-            let run = meta.streams.allocate(&mut meta.refcounts, first, old.len() as u64);
+            let want = old.len() as u64;
+            let run = match w.tight.load(Ordering::Relaxed) {
+                true => meta.refcounts.allocate(want, None),
+                false => meta.streams.allocate(&mut meta.refcounts, first, want),
+            };
             self.note_tables(w, meta);
             let run = run.map_err(Need::Allocator)?;
             if w.tables.holds(run.first, run.count) {
