@@ -255,11 +255,6 @@ impl Image {
     fn abandon(&self, w: &Writing, fill: &Fill) {
         let mut meta = w.lock();
         if let Some(run) = &fill.allocated {
-<<<<<<< HEAD
-            let freed =
-                (run.first..run.first + run.count).map(|cluster| Freed { cluster, discard: false });
-            meta.limbo.push_ready(freed);
-=======
             for cluster in run.first..run.first + run.count {
                 // The block that was cached a moment ago may have to be read again: later, then.
                 if meta.refcounts.release(cluster).is_err() {
@@ -267,7 +262,6 @@ impl Image {
                 }
             }
             meta.released += 1;
->>>>>>> write
         }
         let waiting = meta.busy.end(fill.first);
         drop(meta);

@@ -134,11 +134,7 @@ impl Image {
                     continue;
                 }
                 Err(Blocked::Load { index, offset }) => {
-<<<<<<< HEAD
-                    self.load_block_once(w, index, offset).await
-=======
                     self.load_block_once(w, index, offset).await.is_ok()
->>>>>>> write
                 }
                 Err(Blocked::Corrupt(damage)) => {
                     log::error!("qcow2: cannot free cluster {:#x}: {damage}", next.cluster << bits);
