@@ -271,6 +271,13 @@ pub trait Driver: Send + Sync {
         Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
     }
 
+    /// Makes the node reach to the end of `[offset, offset + len)`, with room on the medium for the range as far as that can
+    /// be had beforehand. What is there stays as it is; what is added reads as zeroes. ENOTSUP where it cannot be.
+    fn preallocate(&self, offset: u64, len: u64) -> IoFuture<'_> {
+        let _ = (offset, len);
+        Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
+    }
+
     /// The orderly end, after the last request: a format writes back what only it knows and clears its dirty bit. Called
     /// for parents before their children, at most once by whoever ends the graph; a node that is merely dropped is not
     /// closed.

@@ -41,6 +41,8 @@ pub(super) enum Work<'a> {
     Op(Op<'a>),
     /// The length in bytes to be.
     Truncate(u64),
+    /// The least length in bytes.
+    Grow(u64),
 }
 
 impl Request {
@@ -61,7 +63,7 @@ impl Request {
             Work::Op(Op::WriteZeroes { .. }) => Request::WriteZeroes,
             Work::Op(Op::Discard { .. }) => Request::Discard,
             Work::Op(Op::Flush) => Request::Flush,
-            Work::Truncate(_) => Request::Truncate,
+            Work::Truncate(_) | Work::Grow(_) => Request::Truncate,
         }
     }
 }
@@ -244,6 +246,7 @@ impl State {
         let op = match *work {
             Work::Op(op) => op,
             Work::Truncate(len) => return Some(Change::Length(len)),
+            Work::Grow(len) => return Some(Change::AtLeast(len)),
         };
         match op {
             Op::Write { offset, from, .. } => Some(Change::Data(offset, bytes_of(from))),

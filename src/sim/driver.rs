@@ -91,6 +91,11 @@ impl Driver for SimDisk {
         Box::pin(Io { disk: self, work: Work::Op(op), id: None, done: false })
     }
 
+    fn preallocate(&self, offset: u64, len: u64) -> IoFuture<'_> {
+        let work = Work::Grow(offset.saturating_add(len));
+        Box::pin(Io { disk: self, work, id: None, done: false })
+    }
+
     fn truncate(&self, len: u64) -> IoFuture<'_> {
         Box::pin(Io { disk: self, work: Work::Truncate(len), id: None, done: false })
     }

@@ -35,6 +35,8 @@ pub(super) enum Change {
     /// The image has this length. It may reach the medium before or after other changes; but a stable write past it
     /// takes it along, as a journalling file system does.
     Length(u64),
+    /// The image has at least this length.
+    AtLeast(u64),
 }
 
 impl Change {
@@ -44,13 +46,14 @@ impl Change {
             Change::Data(offset, bytes) => (*offset, bytes.len() as u64),
             Change::Zero(offset, len) => (*offset, *len),
             Change::Length(len) => (*len, u64::MAX - len),
+            Change::AtLeast(len) => (*len, 0),
         }
     }
 
     /// The length that the image has at least afterwards.
     pub(super) fn end(&self) -> u64 {
         match self {
-            Change::Length(len) => *len,
+            Change::Length(len) | Change::AtLeast(len) => *len,
             _ => {
                 let (offset, len) = self.range();
                 offset + len
@@ -67,7 +70,7 @@ impl Change {
 
     /// Into how many atomic pieces it may tear.
     pub(super) fn pieces(&self) -> usize {
-        if let Change::Length(_) = self {
+        if let Change::Length(_) | Change::AtLeast(_) = self {
             return 1;
         }
         let ((offset, len), unit) = (self.range(), self.unit());
@@ -78,6 +81,9 @@ impl Change {
     fn piece(&self, n: usize) -> (u64, u64) {
         if let Change::Length(len) = self {
             return (*len, u64::MAX);
+        }
+        if let Change::AtLeast(len) = self {
+            return (*len, *len);
         }
         let ((offset, len), unit) = (self.range(), self.unit());
         let start = (offset / unit + n as u64) * unit;
@@ -93,6 +99,7 @@ impl Change {
                 image.zero(*offset, *len);
             }
             Change::Length(len) => image.set_len(*len),
+            Change::AtLeast(len) => image.set_len(image.len().max(*len)),
         }
     }
 
@@ -101,6 +108,7 @@ impl Change {
         let (start, end) = self.piece(n);
         match self {
             Change::Length(len) => image.set_len(*len),
+            Change::AtLeast(len) => image.set_len(image.len().max(*len)),
             Change::Data(offset, bytes) => {
                 image.write(start, &bytes[(start - offset) as usize..(end - offset) as usize]);
             }

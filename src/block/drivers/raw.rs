@@ -129,6 +129,13 @@ impl Driver for Raw {
         }
     }
 
+    fn preallocate(&self, offset: u64, len: u64) -> IoFuture<'_> {
+        match (self.size, self.offset.checked_add(offset)) {
+            (None, Some(offset)) => self.child().node.driver().preallocate(offset, len),
+            _ => Box::pin(std::future::ready(Err(Errno::ENOTSUP))),
+        }
+    }
+
     fn options_in_force(&self) -> Options {
         let offset = (self.offset > 0).then(|| ("offset", Value::from(self.offset)));
         let size = self.size.map(|size| ("size", Value::from(size)));

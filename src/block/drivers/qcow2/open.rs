@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::{Image, Qcow2};
 use super::cache::SliceCache;
 use super::compressed::Decompressor;
 use super::flight::Flights;
@@ -15,6 +14,7 @@ use super::opened::{self, Found};
 use super::options::Choices;
 use super::read::Corruption;
 use super::write::Writing;
+use super::{Image, Qcow2};
 use crate::block::{Driver, Edge, Node, Op, OpenArgs, Role};
 use crate::err;
 use crate::error::{Errno, Error, Result};
@@ -60,9 +60,7 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
         SliceCache::new(choices.l2).map_err(|_| err!("Could not allocate metadata caches"))?;
     let cluster = to_usize(geometry.cluster_size())?;
     let writing = match found {
-        Some(found) => {
-            Some(Writing::new(&edges[0].node, &header, &choices, found, args.graph)?)
-        }
+        Some(found) => Some(Writing::new(&edges[0].node, &header, &choices, found, args.graph)?),
         None => None,
     };
     let image = Arc::new_cyclic(|me| Image {

@@ -2,12 +2,14 @@
 #![forbid(unsafe_code)]
 
 use std::future::poll_fn;
+use std::sync::atomic::Ordering;
 use std::task::Poll;
 
 use super::Writing;
 use super::limbo::Freed;
 use super::mutation::{Mutation, broken};
 use super::plan::{Fill, Need, Pad, Plan};
+use super::space::is_no_space;
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::layout::GuestOffset;
 use crate::block::walk::{self, Crew};
@@ -18,6 +20,8 @@ use crate::rt::{Buffer, grace};
 
 /// The most bytes of one [`Fill`]: its padding is in memory.
 const FILL_MAX: u64 = 4 << 20;
+/// How often data that found no room looks for another place.
+const ATTEMPTS: u32 = 3;
 
 impl Image {
     /// Writes `from` at guest byte `offset`.
@@ -30,6 +34,17 @@ impl Image {
         offset: u64,
         from: Sg<'_>,
         flags: WriteFlags,
+    ) -> Result<(), Errno> {
+        self.write_pieces(w, offset, from, flags, 0).await
+    }
+
+    async fn write_pieces(
+        &self,
+        w: &Writing,
+        offset: u64,
+        from: Sg<'_>,
+        flags: WriteFlags,
+        attempt: u32,
     ) -> Result<(), Errno> {
         let mut crew = Crew::default();
         let mut done = 0;
@@ -50,10 +65,10 @@ impl Image {
                     crew.add(Box::pin(self.overwrite(w, (host.0, piece), no_flags, pin))).await;
                 }
                 Ok((Plan::Fill(fill), _)) => {
-                    let n = usize::try_from(fill.data.end - fill.data.start)
-                        .map_err(|_| Errno::EIO)?;
+                    let n =
+                        usize::try_from(fill.data.end - fill.data.start).map_err(|_| Errno::EIO)?;
                     done += n;
-                    crew.add(Box::pin(self.fill(w, *fill, rest.slice(0, n)))).await;
+                    crew.add(Box::pin(self.fill(w, *fill, rest.slice(0, n), attempt))).await;
                 }
                 Ok((Plan::Wait | Plan::Needs(_), _)) => unreachable!("`planned` sees to them"),
                 Err(e) => {
@@ -128,7 +143,7 @@ impl Image {
     }
 
     /// Writes the data of a fill and what is around it, and links it.
-    async fn fill(&self, w: &Writing, fill: Fill, from: Sg<'_>) -> Result<(), Errno> {
+    async fn fill(&self, w: &Writing, fill: Fill, from: Sg<'_>, attempt: u32) -> Result<(), Errno> {
         if broken(Mutation::LinkBeforeData) {
             self.link(w, &fill).await?;
         }
@@ -136,10 +151,18 @@ impl Image {
         if result.is_ok() || broken(Mutation::LinkFailedWrites) {
             result = result.and(self.link(w, &fill).await);
         }
-        if result.is_err() {
-            self.abandon(w, &fill);
+        let Err(e) = result else { return Ok(()) };
+        self.abandon(w, &fill);
+        if !is_no_space(e) || attempt >= ATTEMPTS {
+            return Err(e);
         }
-        result
+        // There may be room inside of the file: what was set aside for streams, what has been freed.
+        w.tight.store(true, Ordering::Relaxed);
+        if self.make_room(w).await.is_err() && attempt > 0 {
+            return Err(e);
+        }
+        let (offset, flags) = (fill.data.start, WriteFlags::empty());
+        Box::pin(self.write_pieces(w, offset, from, flags, attempt + 1)).await
     }
 
     async fn write_fill(&self, w: &Writing, fill: &Fill, from: Sg<'_>) -> Result<(), Errno> {
@@ -226,9 +249,13 @@ impl Image {
     fn abandon(&self, w: &Writing, fill: &Fill) {
         let mut meta = w.lock();
         if let Some(run) = &fill.allocated {
-            let freed = (run.first..run.first + run.count)
-                .map(|cluster| Freed { cluster, discard: false });
-            meta.limbo.push_ready(freed);
+            for cluster in run.first..run.first + run.count {
+                // The block that was cached a moment ago may have to be read again: later, then.
+                if meta.refcounts.release(cluster).is_err() {
+                    meta.limbo.push_ready([Freed { cluster, discard: false }]);
+                }
+            }
+            meta.released += 1;
         }
         let waiting = meta.busy.end(fill.first);
         drop(meta);

@@ -233,7 +233,8 @@ impl Image {
     fn live(&self, copy: &SliceCopy) -> Vec<u8> {
         let shape = self.cache.shape();
         let entries = (0..shape.entries).filter_map(|i| self.cache.get(copy.slice, i));
-        let words = entries.flat_map(|e| [e.word, e.bitmap].into_iter().take(shape.entry_words as usize));
+        let words =
+            entries.flat_map(|e| [e.word, e.bitmap].into_iter().take(shape.entry_words as usize));
         let bytes: Vec<u8> = words.flat_map(u64::to_be_bytes).collect();
         if bytes.len() == copy.bytes.len() { bytes } else { copy.bytes.clone() }
     }

@@ -39,8 +39,8 @@ use std::time::{Duration, Instant};
 
 use super::Image;
 use super::flight::Flights;
-use super::header_io::HeaderIo;
 use super::header::Header;
+use super::header_io::HeaderIo;
 use super::layout::MAX_HOST_OFFSET;
 use super::opened::ForWriting;
 use super::options::{Choices, Overlap};
@@ -82,6 +82,8 @@ pub struct Writing {
     upkeep: Arc<Upkeep>,
     /// Something in memory must be written for the image on disk to be what the guest sees.
     dirty: AtomicBool,
+    /// The host has no room: no clusters are set aside, the lowest free ones are taken.
+    tight: AtomicBool,
     /// The file was made longer in advance: cut at the end.
     grown: AtomicBool,
     /// Metadata that never moves: snapshots, bitmaps.
@@ -159,6 +161,7 @@ impl Writing {
             l2_tables: Flights::default(),
             growth: Flights::default(),
             no_windows: AtomicBool::new(false),
+            tight: AtomicBool::new(false),
             grown: AtomicBool::new(false),
             grace: Arc::clone(graph.grace()),
             upkeep: Arc::clone(graph.upkeep()),

@@ -1,6 +1,7 @@
 //! What is to be done for a write, decided under the lock and never by waiting.
 #![forbid(unsafe_code)]
 
+use std::sync::atomic::Ordering;
 use std::task::Waker;
 
 use super::limbo::Freed;
@@ -144,12 +145,7 @@ impl Image {
 
     /// How many of the clusters from `at`'s on, up to the last of `len` bytes, may be planned for now: not busy, in one slice that
     /// is cached, of a table that nobody shares. 0: the first is busy.
-    pub fn plannable(
-        &self,
-        meta: &Meta,
-        at: GuestOffset,
-        len: u64,
-    ) -> Result<u64, Need> {
+    pub fn plannable(&self, meta: &Meta, at: GuestOffset, len: u64) -> Result<u64, Need> {
         let g = &self.geometry;
         let first = at.0 >> g.cluster_bits;
         let count = (g.in_cluster(at) + len).div_ceil(g.cluster_size());
@@ -290,7 +286,11 @@ impl Image {
         let (host, allocated) = if g.data_file {
             (HostOffset(start.0), None)
         } else {
-            let run = meta.streams.allocate(&mut meta.refcounts, first, old.len() as u64);
+            let want = old.len() as u64;
+            let run = match w.tight.load(Ordering::Relaxed) {
+                true => meta.refcounts.allocate(want, None),
+                false => meta.streams.allocate(&mut meta.refcounts, first, want),
+            };
             self.note_tables(w, meta);
             let run = run.map_err(Need::Allocator)?;
             if w.tables.holds(run.first, run.count) {

@@ -60,10 +60,7 @@ impl Image {
         Ok(())
     }
 
-    async fn turn_to_resize<'a>(
-        &self,
-        w: &'a Writing,
-    ) -> Option<super::super::flight::Flight<'a>> {
+    async fn turn_to_resize<'a>(&self, w: &'a Writing) -> Option<super::super::flight::Flight<'a>> {
         match w.growth.turn(1, || None::<()>).await {
             super::super::flight::Turn::Mine(flight) => Some(flight),
             super::super::flight::Turn::Found(()) => None,
@@ -84,7 +81,8 @@ impl Image {
                 self.write(w, old, Sg::new(&iov), WriteFlags::empty()).await?;
             }
         }
-        let behind = self.backing().map_or(0, |b| b.len()).min(new).next_multiple_of(g.cluster_size());
+        let behind =
+            self.backing().map_or(0, |b| b.len()).min(new).next_multiple_of(g.cluster_size());
         if behind > boundary {
             self.write_zeroes(w, boundary, behind - boundary, ZeroFlags::empty()).await?;
         }
@@ -129,7 +127,8 @@ impl Image {
             let align = self.file().driver().limits().mem_align.max(512) as usize;
             let buffer = Buffer::new(len, align);
             if old_len > 0 {
-                let part = buffer.iovec().part(0, usize::try_from(old_len).map_err(|_| Errno::EIO)?);
+                let part =
+                    buffer.iovec().part(0, usize::try_from(old_len).map_err(|_| Errno::EIO)?);
                 self.file().submit(Op::Read { offset: old.0, to: Sg::new(&[part]) }).await?;
             }
             let iov = [buffer.iovec()];
@@ -140,9 +139,12 @@ impl Image {
             self.write_back(w).await?;
             // `write_back` has written entries to the old place only: once more, nothing else can come between.
             if old_len > 0 {
-                let part = buffer.iovec().part(0, usize::try_from(old_len).map_err(|_| Errno::EIO)?);
+                let part =
+                    buffer.iovec().part(0, usize::try_from(old_len).map_err(|_| Errno::EIO)?);
                 self.file().submit(Op::Read { offset: old.0, to: Sg::new(&[part]) }).await?;
-                self.file().submit(Op::Write { offset: place.0, from: Sg::new(&iov), flags }).await?;
+                self.file()
+                    .submit(Op::Write { offset: place.0, from: Sg::new(&iov), flags })
+                    .await?;
             }
             w.header.set_l1(self.file(), place, entries32).await
         };

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use super::Writing;
 use super::limbo::Freed;
+use crate::block::Op;
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::flight::Turn;
 use crate::block::drivers::qcow2::layout::HostOffset;
 use crate::block::drivers::qcow2::options::Overlap;
 use crate::block::drivers::qcow2::refcount::Blocked;
-use crate::block::{Op, ZeroFlags};
 use crate::error::Errno;
 use crate::mem::Sg;
 use crate::rt::{self, Buffer};
@@ -70,7 +70,10 @@ impl Image {
     }
 
     /// No cluster is free: gets back what is set aside or on its way to be free.
-    async fn make_room(&self, w: &Writing) -> Result<(), Errno> {
+    ///
+    /// # Errors
+    /// ENOSPC: there is nothing of the kind.
+    pub async fn make_room(&self, w: &Writing) -> Result<(), Errno> {
         let released = {
             let mut meta = w.lock();
             let meta = &mut *meta;
@@ -122,7 +125,9 @@ impl Image {
                     left.next();
                     continue;
                 }
-                Err(Blocked::Load { index, offset }) => self.load_block_once(w, index, offset).await,
+                Err(Blocked::Load { index, offset }) => {
+                    self.load_block_once(w, index, offset).await
+                }
                 Err(Blocked::Corrupt(damage)) => {
                     log::error!("qcow2: cannot free cluster {:#x}: {damage}", next.cluster << bits);
                     left.next();
@@ -185,7 +190,9 @@ impl Image {
             let first = clusters[at];
             let mut count = 0;
             // Only what nobody else refers to.
-            while clusters.get(at) == Some(&(first + count)) && self.refcount(w, clusters[at]).await == Ok(1) {
+            while clusters.get(at) == Some(&(first + count))
+                && self.refcount(w, clusters[at]).await == Ok(1)
+            {
                 at += 1;
                 count += 1;
             }
@@ -229,16 +236,17 @@ impl Image {
         };
         let len = file.len();
         let window = (len / 8).clamp(WINDOW_MIN, WINDOW_MAX);
-        let flags = ZeroFlags::NO_FALLBACK;
         let mut result = Ok(());
         for to in [end.max((len + window).next_multiple_of(WINDOW_MIN)), end] {
-            result = file.submit(Op::WriteZeroes { offset: len, len: to - len, flags }).await;
+            // Changes nothing that is there: tables may be written past the end meanwhile.
+            result = file.driver().preallocate(len, to - len).await;
             match result {
                 Ok(()) => {
                     w.grown.store(true, Ordering::Relaxed);
+                    w.tight.store(to == end, Ordering::Relaxed);
                     break;
                 }
-                Err(Errno(libc::ENOSPC | libc::EDQUOT | libc::EFBIG)) => {}
+                Err(e) if is_no_space(e) => {}
                 Err(_) => break,
             }
         }
@@ -295,4 +303,9 @@ impl Image {
             .find(|(range, _)| range.contains(&cluster))
             .map_or("metadata", |(_, kind)| kind.words())
     }
+}
+
+/// Whether the host says that there is no room.
+pub fn is_no_space(e: Errno) -> bool {
+    matches!(e, Errno(libc::ENOSPC | libc::EDQUOT | libc::EFBIG))
 }
