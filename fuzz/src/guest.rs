@@ -90,6 +90,7 @@ fn step(e: &mut Entropy, len: u64, cluster: u64) -> Step {
     let end = if e.one_in(64) { start + n } else { (start + n.min(LONGEST)).min(len) };
     let range = start..end;
     match e.byte() % 16 {
+        _ if range.is_empty() => Step::Flush,
         0..=6 => Step::Write(range, e.one_in(8)),
         7..=9 => Step::Zeroes(range, e.one_in(2)),
         10 | 11 => Step::Discard(range),

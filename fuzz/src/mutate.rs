@@ -6,10 +6,14 @@ use super::image::{Field, Kind, Made};
 /// Changes at most this many fields.
 const FIELDS_MAX: u64 = 6;
 
-/// Changes some fields, seldom the file's length. Answers whether anything was changed.
-pub fn mutate(m: &mut Made, e: &mut Entropy) -> bool {
+/// A field, what it was and what it is; or the length of the file, as a header's field of no width.
+pub type Change = (Field, u64, u64);
+
+/// Changes some fields, seldom the file's length. Answers the changes: there may be none.
+pub fn mutate(m: &mut Made, e: &mut Entropy) -> Vec<Change> {
+    let mut changes = Vec::new();
     if e.one_in(6) {
-        return false;
+        return changes;
     }
     for _ in 0..=e.below(FIELDS_MAX) {
         let kind = match e.byte() % 16 {
@@ -30,8 +34,11 @@ pub fn mutate(m: &mut Made, e: &mut Entropy) -> bool {
         }
         let field = e.pick(&fields);
         let value = value(m, field, e);
+        let old = m.get(field);
         m.put(field.at, field.width, value);
+        changes.push((field, old, value));
     }
+    let old = m.file.len();
     match e.byte() {
         0xfe => {
             let len = e.below(m.file.len() as u64).max(200);
@@ -40,7 +47,11 @@ pub fn mutate(m: &mut Made, e: &mut Entropy) -> bool {
         0xff => m.file.resize(m.file.len() + 3000, 0),
         _ => {}
     }
-    true
+    if m.file.len() != old {
+        let field = Field { at: old, width: 0, kind: Kind::Header };
+        changes.push((field, old as u64, m.file.len() as u64));
+    }
+    changes
 }
 
 fn value(m: &Made, field: Field, e: &mut Entropy) -> u64 {

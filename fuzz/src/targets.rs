@@ -11,13 +11,14 @@ use super::bed::Bed;
 use super::entropy::Entropy;
 use super::guest::{self, MARK, Model};
 use super::image::{self, Made, Shape};
-use super::mutate::mutate;
+use super::mutate::{Change, mutate};
 
 /// What a run begins with.
 struct Case<'a> {
     e: Entropy<'a>,
     made: Made,
-    mutated: bool,
+    /// The changes: what, where, from and to.
+    changed: Vec<Change>,
     seed: u64,
     options: Value,
 }
@@ -26,11 +27,24 @@ impl Case<'_> {
     fn new(bytes: &[u8]) -> Case<'_> {
         let mut e = Entropy(bytes);
         let seed = u64::from(e.byte());
-        let options = options(&mut e);
         let shape = Shape::random(&mut e);
+        let options = options(&mut e, shape.version);
         let mut made = image::make(shape, &mut e);
-        let mutated = mutate(&mut made, &mut e);
-        Case { e, made, mutated, seed, options }
+        let changed = mutate(&mut made, &mut e);
+        Case { e, made, changed, seed, options }
+    }
+
+    /// Whether nothing was changed.
+    fn is_sound(&self) -> bool {
+        self.changed.is_empty()
+    }
+
+    /// With `VUB_FUZZ_VERBOSE`: what this is about.
+    fn tell(&self, more: impl FnOnce() -> String) {
+        if std::env::var_os("VUB_FUZZ_VERBOSE").is_some() {
+            eprintln!("{:?}, {}, changed {:x?}", self.made.shape, self.options, self.changed);
+            eprintln!("{}", more());
+        }
     }
 
     /// What the guest must see of an image that nothing was changed in.
@@ -43,7 +57,7 @@ impl Case<'_> {
     }
 }
 
-fn options(e: &mut Entropy) -> Value {
+fn options(e: &mut Entropy, version: u32) -> Value {
     let mut options = json!({});
     if e.one_in(3) {
         options["l2-cache-size"] = json!(1024);
@@ -52,7 +66,7 @@ fn options(e: &mut Entropy) -> Value {
     if e.one_in(8) {
         options["overlap-check"] = json!("all");
     }
-    if e.one_in(8) {
+    if version > 2 && e.one_in(8) {
         options["discard-no-unref"] = json!(true);
     }
     if e.one_in(4) {
@@ -66,7 +80,8 @@ pub fn open(bytes: &[u8]) {
     let case = Case::new(bytes);
     let bed = Bed::new(case.seed, &case.made, None);
     let opened = bed.open(false, case.options.clone());
-    assert!(opened.is_ok() || case.mutated, "a sound image: {}", opened.err().unwrap());
+    case.tell(String::new);
+    assert!(opened.is_ok() || !case.is_sound(), "a sound image: {}", opened.err().unwrap());
     if let Ok(opened) = opened {
         for format in [Format::Text, Format::Json, Format::Dot] {
             assert!(!print::print(&opened.graph, format).is_empty());
@@ -74,18 +89,20 @@ pub fn open(bytes: &[u8]) {
         assert!(opened.close());
     }
     let before = bed.check(Fix::Nothing);
-    if !case.mutated {
+    if case.is_sound() {
         let (report, told) = before.as_ref().expect("a sound image");
         assert!(report.is_clean(), "a sound image: {report:?} {told:?}");
     }
     assert!(bed.sim.image("image").to_vec() == case.made.file, "reading has changed the image");
     let counts = bed.sim.counts("image");
     assert_eq!((counts[1], counts[2], counts[3], counts[5]), (0, 0, 0, 0), "changes by reading");
-    if let Ok(opened) = bed.open(true, case.options) {
+    if let Ok(opened) = bed.open(true, case.options.clone()) {
         assert!(!print::print(&opened.graph, Format::Text).is_empty());
         opened.close();
     }
-    if let Ok((report, _)) = bed.check(Fix::All)
+    let repaired = bed.check(Fix::All);
+    case.tell(|| format!("{repaired:?}"));
+    if let Ok((report, _)) = repaired
         && report.corruptions == 0
         && report.check_errors == 0
     {
@@ -103,12 +120,12 @@ pub fn read(bytes: &[u8]) {
     let opened = match bed.open(false, case.options.clone()) {
         Ok(opened) => opened,
         Err(e) => {
-            assert!(case.mutated, "a sound image: {e}");
+            assert!(!case.is_sound(), "a sound image: {e}");
             return;
         }
     };
     let node = opened.node();
-    let model = if case.mutated { Model::new(node.len()) } else { case.model() };
+    let model = if !case.is_sound() { Model::new(node.len()) } else { case.model() };
     let model = RefCell::new(model);
     bed.run(guest::read_all(&node, &model, "reading"));
     bed.run(guest::read_all(&node, &model, "reading again"));
@@ -126,30 +143,27 @@ pub fn write(bytes: &[u8]) {
     let capacity = full.then_some(capacity);
     let bed = Bed::new(case.seed, &case.made, capacity);
     let clean = bed.check(Fix::Nothing).is_ok_and(|(report, _)| report.is_clean());
-    assert!(clean || case.mutated, "a sound image");
+    assert!(clean || !case.is_sound(), "a sound image");
     let opened = match bed.open(true, case.options.clone()) {
         Ok(opened) => opened,
         Err(e) => {
-            assert!(case.mutated, "a sound image: {e}");
+            assert!(!case.is_sound(), "a sound image: {e}");
             return;
         }
     };
     let node = opened.node();
-    let mut model = if case.mutated { Model::new(node.len()) } else { case.model() };
+    let mut model = if !case.is_sound() { Model::new(node.len()) } else { case.model() };
     model.sound &= !full;
     // Clusters may be shared by mistake: nobody can say what they hold.
     model.blind = !clean;
     let model = Rc::new(RefCell::new(model));
-    if clean && case.mutated {
+    if clean && !case.is_sound() {
         // Who knows what the disk is now; from now on it must be that.
         bed.run(guest::read_all(&node, &model, "at first"));
     }
     let cluster = 1 << case.made.shape.cluster_bits;
     let batches = guest::steps(&mut case.e, node.len(), cluster);
-    if std::env::var_os("VUB_FUZZ_VERBOSE").is_some() {
-        eprintln!("{:?} mutated {} clean {clean} {capacity:?} {}", case.made.shape, case.mutated, case.options);
-        eprintln!("{batches:?}");
-    }
+    case.tell(|| format!("clean {clean}, {capacity:?}, {batches:?}"));
     bed.run(guest::work(&node, &batches, &model));
     bed.run(guest::read_all(&node, &model, "afterwards"));
     drop(node);
@@ -167,7 +181,7 @@ fn judge(bed: &Bed, case: &Case<'_>, full: bool, model: &RefCell<Model>) {
     let (report, told) = bed.check(Fix::Nothing).expect("an image that was clean");
     assert!(report.corruptions == 0 && report.check_errors == 0, "{report:?} {told:?}");
     // Bitmaps that are not kept up to date any more are lost.
-    let excused = full || case.made.shape.bitmap || case.mutated;
+    let excused = full || case.made.shape.bitmap || !case.is_sound();
     assert!(report.leaks == 0 || excused, "{report:?} {told:?}");
     let again = bed.open(false, json!({})).expect("an image that was clean");
     bed.run(guest::read_all(&again.node(), model, "opened again"));
