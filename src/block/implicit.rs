@@ -15,10 +15,14 @@ use super::graph::Graph;
 use super::node::Node;
 use crate::err;
 use crate::error::Result;
-use crate::qapi::Options;
+use crate::qapi::texts::give_types;
+use crate::qapi::{Kind, Options, schema};
 
 /// How many bytes of an image the guess of its format sees (QEMU's BLOCK_PROBE_BUF_SIZE).
 pub const PROBE_LEN: usize = 512;
+
+/// The most levels of options in a `json:` name, counting both nested objects and dots: each is a level of recursion.
+const LEVELS_MAX: usize = 256;
 
 /// Formats that QEMU would recognise and this program does not have: taken for raw, the guest would see their tables.
 const FOREIGN: &[(&str, usize, &[u8])] = &[
@@ -56,6 +60,7 @@ impl Graph {
             }
         };
         if options.contains_key("driver") {
+            self.give_types(&mut options)?;
             return Ok(options);
         }
         let format = match format {
@@ -69,7 +74,24 @@ impl Graph {
             options = file;
         }
         options.insert("driver".to_owned(), format.into());
+        self.give_types(&mut options)?;
         Ok(options)
+    }
+
+    /// Gives the options of a node and of the nodes inside of it their types: a `json:` name may have them as texts.
+    fn give_types(&self, options: &mut Options) -> Result<()> {
+        let Some(Value::String(name)) = options.get("driver") else { return Ok(()) };
+        let Some(def) = self.driver(name) else { return Ok(()) };
+        give_types(options, schema::NODE)?;
+        give_types(options, def.options)?;
+        for spec in def.options {
+            if let Kind::BlockdevRef | Kind::BlockdevRefOrNull = spec.kind
+                && let Some(Value::Object(child)) = options.get_mut(spec.name)
+            {
+                self.give_types(child)?;
+            }
+        }
+        Ok(())
     }
 
     /// The options of the file called `name`, as it is: relative names are the process's.
@@ -78,7 +100,11 @@ impl Graph {
     /// An unknown protocol.
     pub fn implicit_file(&self, name: &str) -> Result<Options> {
         match name.strip_prefix("json:") {
-            Some(json) => self.parse_json(json),
+            Some(json) => {
+                let mut options = self.parse_json(json)?;
+                self.give_types(&mut options)?;
+                Ok(options)
+            }
             None => self.protocol(name),
         }
     }
@@ -133,7 +159,7 @@ impl Graph {
         let Value::Object(flat) = value else { return Err(err!("Invalid JSON object given")) };
         let mut options = Options::new();
         for (name, value) in flat {
-            insert_dotted(&mut options, &name, value)?;
+            insert_dotted(&mut options, &name, value, LEVELS_MAX)?;
         }
         self.fill_in_protocols(&mut options)?;
         Ok(options)
@@ -202,17 +228,26 @@ fn combine(base: &str, name: &str) -> String {
     }
 }
 
-/// Inserts `a.b.c` as nested objects.
-fn insert_dotted(options: &mut Options, name: &str, value: Value) -> Result<()> {
-    let Some((head, tail)) = name.split_once('.') else {
-        options.insert(name.to_owned(), value);
-        return Ok(());
+/// Inserts `a.b.c` as nested objects, at most `levels` of them, also where names with dots are inside of objects.
+fn insert_dotted(options: &mut Options, name: &str, value: Value, levels: usize) -> Result<()> {
+    let mixed = || err!("Cannot mix scalar and non-scalar keys");
+    let left = levels.checked_sub(1).ok_or_else(|| err!("The JSON options are nested too deep"))?;
+    let (head, tail) = name.split_once('.').map_or((name, None), |(a, b)| (a, Some(b)));
+    let members = match (tail, value) {
+        (Some(tail), value) => Options::from_iter([(tail.to_owned(), value)]),
+        (None, Value::Object(members)) => members,
+        (None, scalar) => {
+            let before = options.insert(head.to_owned(), scalar);
+            return if before.is_some_and(|before| before.is_object()) {
+                Err(mixed())
+            } else {
+                Ok(())
+            };
+        }
     };
     let child = options.entry(head).or_insert_with(|| Value::Object(Options::new()));
-    match child {
-        Value::Object(child) => insert_dotted(child, tail, value),
-        _ => Err(err!("Cannot mix scalar and non-scalar keys")),
-    }
+    let Value::Object(child) = child else { return Err(mixed()) };
+    members.into_iter().try_for_each(|(name, value)| insert_dotted(child, &name, value, left))
 }
 
 #[cfg(test)]
@@ -246,5 +281,18 @@ mod tests {
         );
         assert!(file("json:{").is_err() && file("json:[]").is_err());
         assert!(file("json:{\"a\":1,\"a.b\":2}").is_err());
+        assert!(file("json:{\"a.b\":2,\"a\":1}").is_err());
+        let deep = format!("{{\"{}\":1}}", vec!["a"; 1 << 20].join("."));
+        assert!(file(&format!("json:{deep}")).is_err());
+        let deep = |levels: usize| {
+            let inner = format!("{{\"{}\":1}}", vec!["a"; levels - 100].join("."));
+            (0..100).fold(inner, |inner, _| format!("{{\"a\":{inner}}}"))
+        };
+        assert!(file(&format!("json:{}", deep(256))).is_ok());
+        assert!(file(&format!("json:{}", deep(257))).is_err());
+        assert_eq!(
+            file("json:{\"a.b\":1,\"a\":{\"c.d\":2,\"c\":{\"e\":3}}}"),
+            Ok(json!({ "a": { "b": 1, "c": { "d": 2, "e": 3 } } }))
+        );
     }
 }

@@ -13,6 +13,7 @@ pub mod json;
 pub mod keyval;
 pub mod number;
 pub mod schema;
+pub mod texts;
 pub mod visit;
 
 pub use visit::{Input, Syntax};

@@ -130,6 +130,47 @@ fn names_in_headers() {
     assert!(refused.to_string().contains("not allowed"), "{refused}");
 }
 
+/// Options in a name may be typed, or texts, at any depth: as in QEMU, with its words for what is neither.
+#[test]
+fn types_of_options_in_names() {
+    let dirs = Dirs::new();
+    let bytes: Vec<u8> = (0..256u32).flat_map(|n| [n as u8; 512]).collect();
+    std::fs::write(dirs.path("base"), bytes).unwrap();
+    dirs.create("q", "", &["64k"]);
+    dirs.io("q", &["write -P 9 0 64k".to_owned()]);
+    let file = |name: &str| {
+        let path = dirs.path(name).display().to_string();
+        format!(r#""driver":"file","filename":"{path}""#)
+    };
+    let (base, q) = (file("base"), file("q"));
+    for (options, format) in [
+        (format!(r#""driver":"raw","offset":"512","file":{{{base}}}"#), "raw"),
+        (format!(r#""driver":"raw","offset":1024,"file":{{{base}}}"#), "raw"),
+        (format!(r#""driver":"raw","size":"64k","file":{{{base},"read-only":"on"}}"#), "raw"),
+        (format!(r#""read-only":true,"file":{{{base},"cache.direct":"off"}}"#), "raw"),
+        (format!(r#""file":{{{base},"cache":{{"direct":"no"}}}}"#), "raw"),
+        (format!(r#""file":{{{q}}},"l2-cache-size":"64k","lazy-refcounts":"off""#), "qcow2"),
+        (format!(r#""file":{{{q}}},"overlap-check":{{"active-l2":"off"}}"#), "qcow2"),
+        (format!(r#""driver":"raw","offset":"x","file":{{{base}}}"#), "raw"),
+        (format!(r#""file":{{{base},"read-only":"maybe"}}"#), "raw"),
+        (format!(r#""file":{{{q}}},"lazy-refcounts":"of""#), "qcow2"),
+    ] {
+        dirs.create("a", "", &["-u", "-b", &format!("json:{{{options}}}"), "-F", format, "64k"]);
+        match open(&dirs.path("a"), json!({})) {
+            Ok(image) => {
+                let want = dirs.expected("a");
+                let got = rt::block_on(image.read(0, 65536, 1)).unwrap();
+                assert!(got == want, "{options}");
+            }
+            Err(e) => {
+                println!("{options}: {e}");
+                let hint = e.hint().map(|hint| format!("\n{hint}")).unwrap_or_default();
+                assert_eq!(format!("{}{hint}", e.message()), qemu_error(&dirs, "a"), "{options}");
+            }
+        }
+    }
+}
+
 /// Makes the backing format extension one that nobody knows.
 fn forget_format(dirs: &Dirs, name: &str) {
     let mut bytes = std::fs::read(dirs.path(name)).unwrap();

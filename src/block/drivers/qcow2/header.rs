@@ -15,6 +15,7 @@ pub use super::extension::{BitmapsExtension, Extension};
 use super::extension::{be32, be64, c_text, feature_names, parse_extension};
 pub use super::features::{Autoclear, Compatible, Compression, CryptMethod, Incompatible};
 use super::layout::{Geometry, HostOffset};
+pub use super::limits::*;
 use crate::err;
 use crate::error::Result;
 
@@ -30,33 +31,6 @@ pub const V2_LENGTH: u32 = 72;
 pub const V3_LENGTH: u32 = 104;
 /// The length in bytes of the header as QEMU writes it: up to and with `compression_type` and its padding.
 pub const V3_LENGTH_WRITTEN: u32 = 112;
-
-/// The largest L1 table in bytes (QEMU's limit: 4 Mi entries).
-pub const MAX_L1_SIZE: u64 = 32 << 20;
-/// The largest refcount table in bytes (QEMU's limit).
-pub const MAX_REFTABLE_SIZE: u64 = 8 << 20;
-/// The most internal snapshots (QEMU's limit).
-pub const MAX_SNAPSHOTS: u64 = 65536;
-/// The fixed part of a snapshot table's entry in bytes.
-pub const SNAPSHOT_HEADER_SIZE: u64 = 40;
-/// The most persistent bitmaps (QEMU's limit).
-pub const MAX_BITMAPS: u32 = 65535;
-/// The largest bitmap directory in bytes (QEMU's limit).
-pub const MAX_BITMAP_DIRECTORY_SIZE: u64 = 1024 * MAX_BITMAPS as u64;
-/// The longest backing file name in bytes.
-pub const MAX_BACKING_NAME: u64 = 1023;
-
-/// What an image is opened for: some checks differ.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    /// To read.
-    Read,
-    /// To read and write.
-    Write,
-    /// To check or repair it (QEMU's BDRV_O_CHECK): broken refcount and snapshot tables and the corrupt bit are no
-    /// obstacles.
-    Check,
-}
 
 /// A parsed header.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -266,69 +240,6 @@ impl Header {
         err!("Unsupported qcow2 feature(s): {}", names.join(", "))
     }
 
-    /// Whether everything that the fixed fields say is within QEMU's limits.
-    ///
-    /// # Errors
-    /// In QEMU's words: corrupt and to be written, subclusters or refcounts of an impossible size, tables too large
-    /// or unaligned, an L1 table too small for the disk.
-    pub fn check_limits(&self, purpose: Purpose) -> Result<()> {
-        if purpose == Purpose::Write && self.incompatible.contains(Incompatible::CORRUPT) {
-            return Err(err!("qcow2: Image is corrupt; cannot be opened read/write"));
-        }
-        let subcluster = (1u64 << self.cluster_bits) / if self.extended_l2() { 32 } else { 1 };
-        if subcluster < 1 << MIN_CLUSTER_BITS {
-            return Err(err!("Unsupported subcluster size: {subcluster}"));
-        }
-        if self.refcount_order > 6 {
-            return Err(err!("Reference count entry width too large; may not exceed 64 bits"));
-        }
-        if self.refcount_table_clusters == 0 && purpose != Purpose::Check {
-            return Err(err!("Image does not contain a reference count table"));
-        }
-        let (offset, entries) =
-            (self.refcount_table_offset, u64::from(self.refcount_table_clusters));
-        let entry = 1 << self.cluster_bits;
-        self.check_table(offset, entries, entry, MAX_REFTABLE_SIZE, "Reference count table")?;
-        if purpose != Purpose::Check {
-            let (offset, entries) = (self.snapshots_offset, u64::from(self.nb_snapshots));
-            let (entry, max) = (SNAPSHOT_HEADER_SIZE, SNAPSHOT_HEADER_SIZE * MAX_SNAPSHOTS);
-            self.check_table(offset, entries, entry, max, "Snapshot table")?;
-        }
-        let (offset, entries) = (self.l1_table_offset, u64::from(self.l1_size));
-        self.check_table(offset, entries, 8, MAX_L1_SIZE, "Active L1 table")?;
-        let needed = self.geometry().l1_entries_for(self.size);
-        if needed > u64::from(i32::MAX.unsigned_abs()) {
-            return Err(err!("Image is too big"));
-        }
-        if u64::from(self.l1_size) < needed {
-            return Err(err!("L1 table is too small"));
-        }
-        Ok(())
-    }
-
-    /// QEMU's check of a table called `name` of `entries` entries of `entry` bytes, at most `max` bytes in all.
-    ///
-    /// # Errors
-    /// `NAME too large`, `NAME offset invalid`.
-    pub fn check_table(
-        &self,
-        offset: HostOffset,
-        entries: u64,
-        entry: u64,
-        max: u64,
-        name: &str,
-    ) -> Result<()> {
-        if entries > max / entry {
-            return Err(err!("{name} too large"));
-        }
-        let end = offset.0.checked_add(entries * entry);
-        let fits = end.is_some_and(|end| i64::try_from(end).is_ok());
-        if !fits || !self.geometry().is_cluster_aligned(offset) {
-            return Err(err!("{name} offset invalid"));
-        }
-        Ok(())
-    }
-
     /// The extensions that follow the fixed fields in `cluster0` (see [`Header::read`]).
     ///
     /// # Errors
@@ -379,7 +290,7 @@ impl Header {
         }
     }
 
-    fn extended_l2(&self) -> bool {
+    pub(super) fn extended_l2(&self) -> bool {
         self.incompatible.contains(Incompatible::EXTENDED_L2)
     }
 
@@ -421,74 +332,6 @@ impl Header {
     /// The name of a feature in the feature name table. `class`: 0 incompatible, 1 compatible, 2 autoclear.
     pub fn feature_name(&self, class: u8, bit: u8) -> Option<String> {
         feature_names(&self.extensions, class).find(|(b, _)| *b == bit).map(|(_, name)| name)
-    }
-
-    /// The header as bytes, from the start of the file to the end of the backing file's name; the rest of cluster 0
-    /// may be filled with zeroes. The backing file's name follows the extensions.
-    ///
-    /// # Errors
-    /// It does not fit into a cluster, or the backing file's name is too long.
-    pub fn serialise(&self) -> Result<Vec<u8>> {
-        let mut out = self.serialise_fields();
-        for extension in &self.extensions {
-            let (magic, data) = extension.parts();
-            out.extend(magic.to_be_bytes());
-            out.extend(u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
-            out.extend(&data);
-            out.resize(out.len().next_multiple_of(8), 0);
-        }
-        out.extend([0; 8]);
-        if let Some(name) = &self.backing_file {
-            let (at, len) = (out.len() as u64, name.len() as u64);
-            if len > MAX_BACKING_NAME {
-                return Err(err!("Backing file name too long"));
-            }
-            out[8..16].copy_from_slice(&at.to_be_bytes());
-            out[16..20].copy_from_slice(&u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes());
-            out.extend(name);
-        }
-        if out.len() as u64 > 1 << self.cluster_bits {
-            return Err(err!("The qcow2 header does not fit into a cluster"));
-        }
-        Ok(out)
-    }
-
-    fn serialise_fields(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(512);
-        let HostOffset(l1) = self.l1_table_offset;
-        let HostOffset(reftable) = self.refcount_table_offset;
-        let HostOffset(snapshots) = self.snapshots_offset;
-        out.extend(MAGIC.to_be_bytes());
-        out.extend(self.version.to_be_bytes());
-        // The backing file's offset and length are filled in later.
-        out.extend([0; 12]);
-        out.extend(self.cluster_bits.to_be_bytes());
-        out.extend(self.size.to_be_bytes());
-        out.extend(self.crypt_method.number().to_be_bytes());
-        out.extend(self.l1_size.to_be_bytes());
-        out.extend(l1.to_be_bytes());
-        out.extend(reftable.to_be_bytes());
-        out.extend(self.refcount_table_clusters.to_be_bytes());
-        out.extend(self.nb_snapshots.to_be_bytes());
-        out.extend(snapshots.to_be_bytes());
-        if self.version == 2 {
-            return out;
-        }
-        out.extend(self.incompatible.bits().to_be_bytes());
-        out.extend(self.compatible.bits().to_be_bytes());
-        out.extend(self.autoclear.bits().to_be_bytes());
-        out.extend(self.refcount_order.to_be_bytes());
-        // A compression type that is not 0 needs its field.
-        let least =
-            if self.compression == Compression::Zlib { V3_LENGTH } else { V3_LENGTH_WRITTEN };
-        let length = self.header_length.max(least);
-        out.extend(length.to_be_bytes());
-        if length > V3_LENGTH {
-            out.push(self.compression.number());
-            out.extend(&self.unknown_fields);
-        }
-        out.resize(length as usize, 0);
-        out
     }
 }
 

@@ -12,8 +12,10 @@ mod features;
 mod flight;
 pub mod header;
 mod header_io;
+mod header_write;
 mod l1;
 pub mod layout;
+mod limits;
 mod open;
 #[allow(dead_code, reason = "what is found is for the write path")]
 mod opened;
