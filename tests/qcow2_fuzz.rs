@@ -3,6 +3,8 @@
 //! `VUB_FUZZ_SEED`: one seed only; `VUB_FUZZ_FIRST`, `VUB_FUZZ_SECONDS`: as many as fit, for contrib/soak.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+#[path = "qcow2_fuzz/findings.rs"]
+mod findings;
 #[path = "../fuzz/src/lib.rs"]
 mod fuzz;
 #[path = "qcow2_fuzz/memory.rs"]

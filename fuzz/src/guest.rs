@@ -57,7 +57,9 @@ pub fn steps(e: &mut Entropy, len: u64, cluster: u64) -> Vec<Vec<Step>> {
         left -= n;
         let mut batch: Vec<Step> = (0..n).map(|_| step(e, len, cluster)).collect();
         if e.one_in(24) {
-            batch = vec![Step::Resize((len + e.below(4) * cluster).next_multiple_of(512) + e.below(9) * 512)];
+            batch = vec![Step::Resize(
+                (len + e.below(4) * cluster).next_multiple_of(512) + e.below(9) * 512,
+            )];
         }
         batches.push(batch);
     }
@@ -114,7 +116,13 @@ impl Model {
     /// A disk of which nothing is known.
     pub fn new(len: u64) -> Model {
         let len = len.min(MODEL_MAX) as usize;
-        Model { bytes: vec![0; len], known: vec![false; len], sound: false, blind: false, writes: 0 }
+        Model {
+            bytes: vec![0; len],
+            known: vec![false; len],
+            sound: false,
+            blind: false,
+            writes: 0,
+        }
     }
 
     /// The part of a range that is compared.
@@ -136,7 +144,10 @@ impl Model {
 
     fn compare(&self, start: u64, bytes: &[u8], context: &str) {
         let range = self.within(&(start..start + bytes.len() as u64));
-        let wrong = range.clone().zip(bytes).find(|(i, b)| !self.blind && self.known[*i] && self.bytes[*i] != **b);
+        let wrong = range
+            .clone()
+            .zip(bytes)
+            .find(|(i, b)| !self.blind && self.known[*i] && self.bytes[*i] != **b);
         if let Some((i, byte)) = wrong {
             panic!("{context}: byte {i:#x} is {byte:#x}, not {:#x}", self.bytes[i]);
         }
@@ -149,8 +160,12 @@ pub async fn work(node: &Arc<Node>, batches: &[Vec<Step>], model: &Rc<RefCell<Mo
         let left = Rc::new(Cell::new(batch.len()));
         let waiting: Rc<RefCell<Option<Waker>>> = Rc::default();
         for (i, step) in batch.iter().enumerate() {
-            let others: Vec<Range<u64>> =
-                batch.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, s)| s.changes()).collect();
+            let others: Vec<Range<u64>> = batch
+                .iter()
+                .enumerate()
+                .filter(|(j, _)| *j != i)
+                .map(|(_, s)| s.changes())
+                .collect();
             let (node, step, model) = (Arc::clone(node), step.clone(), Rc::clone(model));
             let (left, waiting) = (Rc::clone(&left), Rc::clone(&waiting));
             rt::current().spawn(async move {
@@ -220,7 +235,9 @@ async fn perform(node: &Node, step: &Step, others: &[Range<u64>], model: &RefCel
             }
             result
         }
-        Step::Discard(r) => node.submit(Op::Discard { offset: r.start, len: r.end - r.start }).await,
+        Step::Discard(r) => {
+            node.submit(Op::Discard { offset: r.start, len: r.end - r.start }).await
+        }
         Step::Flush => node.submit(Op::Flush).await,
         Step::Resize(len) => node.truncate(*len).await,
     };

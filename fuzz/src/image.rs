@@ -326,7 +326,8 @@ impl Builder<'_, '_> {
             let n = (r.end - r.start) as usize;
             self.m.content[r.start as usize..r.end as usize].copy_from_slice(&bytes[part][..n]);
         }
-        let packed = if s.zstd { zstd::bulk::compress(&bytes, 1).expect("zstd") } else { deflate(&bytes) };
+        let packed =
+            if s.zstd { zstd::bulk::compress(&bytes, 1).expect("zstd") } else { deflate(&bytes) };
         let len = packed.len() as u64;
         let references = 1 + u64::from(shared);
         // 0 at first: the beginning of a cluster, whose end is not known.
@@ -417,14 +418,20 @@ impl Builder<'_, '_> {
         }
         for (cluster, count) in std::mem::take(&mut self.refcounts).into_iter().enumerate() {
             let block = blocks[cluster / per_block as usize] as usize;
-            set_refcount(&mut self.m.file[block..], s.refcount_order, cluster % per_block as usize, count);
+            set_refcount(
+                &mut self.m.file[block..],
+                s.refcount_order,
+                cluster % per_block as usize,
+                count,
+            );
         }
         (reftable, clusters)
     }
 
     fn header(&mut self, [l1, l1_size, reftable, clusters, snapshots, directory]: [u64; 6]) {
         let s = self.m.shape;
-        let incompatible = u64::from(s.data_file) << 2 | u64::from(s.zstd) << 3 | u64::from(s.extended) << 4;
+        let incompatible =
+            u64::from(s.data_file) << 2 | u64::from(s.zstd) << 3 | u64::from(s.extended) << 4;
         let mut fields = vec![
             (0, 4, 0x5146_49fb),
             (4, 4, u64::from(s.version)),
@@ -465,7 +472,11 @@ impl Builder<'_, '_> {
             end += 32;
         }
         if self.e.one_in(3) {
-            fields.extend([(end, 4, 0xabcd_1234), (end + 4, 4, 5), (end + 8, 8, 0x4142_4344_4500_0000)]);
+            fields.extend([
+                (end, 4, 0xabcd_1234),
+                (end + 4, 4, 5),
+                (end + 8, 8, 0x4142_4344_4500_0000),
+            ]);
             end += 16;
         }
         fields.extend([(end, 4, 0), (end + 4, 4, 0)]);

@@ -20,4 +20,4 @@ pub mod image;
 pub mod mutate;
 mod targets;
 
-pub use targets::{open, read, write};
+pub use targets::{assert_tables_are_tables, contents, open, read, write};

@@ -71,7 +71,8 @@ fn value(m: &Made, field: Field, e: &mut Entropy) -> u64 {
         8..=11 => e.pick(&m.places) | flags(e),
         12 => {
             let file = m.file.len() as u64;
-            [file, file - cluster, file + cluster, file + 512, file * 9][e.below(5) as usize] | flags(e)
+            [file, file - cluster, file + cluster, file + 512, file * 9][e.below(5) as usize]
+                | flags(e)
         }
         13 => {
             let end = 1 << 56;

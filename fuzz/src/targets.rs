@@ -46,15 +46,15 @@ impl Case<'_> {
             eprintln!("{}", more());
         }
     }
+}
 
-    /// What the guest must see of an image that nothing was changed in.
-    fn model(&self) -> Model {
-        let mut model = Model::new(self.made.shape.size);
-        model.bytes.copy_from_slice(&self.made.content);
-        model.known.fill(true);
-        model.sound = true;
-        model
-    }
+/// What the guest must see of an image that nothing was changed in.
+pub fn contents(made: &Made) -> Model {
+    let mut model = Model::new(made.shape.size);
+    model.bytes.copy_from_slice(&made.content);
+    model.known.fill(true);
+    model.sound = true;
+    model
 }
 
 fn options(e: &mut Entropy, version: u32) -> Value {
@@ -125,7 +125,7 @@ pub fn read(bytes: &[u8]) {
         }
     };
     let node = opened.node();
-    let model = if !case.is_sound() { Model::new(node.len()) } else { case.model() };
+    let model = if !case.is_sound() { Model::new(node.len()) } else { contents(&case.made) };
     let model = RefCell::new(model);
     bed.run(guest::read_all(&node, &model, "reading"));
     bed.run(guest::read_all(&node, &model, "reading again"));
@@ -152,7 +152,7 @@ pub fn write(bytes: &[u8]) {
         }
     };
     let node = opened.node();
-    let mut model = if !case.is_sound() { Model::new(node.len()) } else { case.model() };
+    let mut model = if !case.is_sound() { Model::new(node.len()) } else { contents(&case.made) };
     model.sound &= !full;
     // Clusters may be shared by mistake: nobody can say what they hold.
     model.blind = !clean;
@@ -190,7 +190,7 @@ fn judge(bed: &Bed, case: &Case<'_>, full: bool, model: &RefCell<Model>) {
 
 /// # Panics
 /// If data of the guest is in the header, the L1 table, an L2 table, the refcount table or a refcount block.
-fn assert_tables_are_tables(file: &[u8]) {
+pub fn assert_tables_are_tables(file: &[u8]) {
     let word = |at: u64| -> u64 {
         let at = usize::try_from(at).unwrap_or(usize::MAX);
         let bytes = file.get(at..at.saturating_add(8)).and_then(|b| b.try_into().ok());

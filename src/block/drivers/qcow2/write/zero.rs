@@ -216,7 +216,11 @@ impl Image {
                     if change.gives_up {
                         let discard = self.choices.pass_discard_request;
                         let clusters = self.references(mapping);
-                        freed.extend(clusters.map(|cluster| Freed { cluster, discard }));
+                        freed.extend(clusters.map(|cluster| Freed {
+                            cluster,
+                            discard,
+                            table: false,
+                        }));
                     }
                     L2Entry::encode(change.mapping, g)
                 }
