@@ -1,13 +1,24 @@
 //! Buffers with an alignment, for O_DIRECT.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::cell::RefCell;
 
 use crate::mem::IoVec;
 
-/// A zeroed buffer of its own, aligned as asked.
+/// The most memory that a thread keeps for [`Buffer::recycled`], in bytes.
+const KEEP_BYTES: usize = 4 << 20;
+
+thread_local! {
+    /// Buffers to be used again, the last first: it is in the processor's cache.
+    static KEPT: RefCell<Vec<Buffer>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A buffer of its own, aligned as asked.
 pub struct Buffer {
     base: *mut u8,
     layout: Layout,
+    /// Kept by the thread that drops it.
+    recycle: bool,
 }
 
 // SAFETY: the buffer owns its memory.
@@ -29,7 +40,23 @@ impl Buffer {
         if base.is_null() {
             handle_alloc_error(layout);
         }
-        Buffer { base, layout }
+        Buffer { base, layout, recycle: false }
+    }
+
+    /// As [`Buffer::new`], but with any content: for whoever overwrites all of it, or zeroes what it does not. Costs neither
+    /// clearing nor page faults where the thread has dropped one of the same shape.
+    ///
+    /// # Panics
+    /// As [`Buffer::new`].
+    pub fn recycled(len: usize, align: usize) -> Buffer {
+        let kept = KEPT.try_with(|kept| {
+            let mut kept = kept.borrow_mut();
+            let fits = |b: &Buffer| b.layout.size() == len && b.layout.align() >= align;
+            kept.iter().rposition(fits).map(|at| kept.swap_remove(at))
+        });
+        let mut buffer = kept.ok().flatten().unwrap_or_else(|| Buffer::new(len, align));
+        buffer.recycle = true;
+        buffer
     }
 
     /// Its length in bytes.
@@ -63,6 +90,20 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
+        if self.recycle {
+            let mut kept = Some(Buffer { base: self.base, layout: self.layout, recycle: false });
+            // A thread that is ending keeps nothing.
+            let _ = KEPT.try_with(|list| {
+                if let Ok(mut list) = list.try_borrow_mut()
+                    && list.iter().map(Buffer::len).sum::<usize>() + self.layout.size()
+                        <= KEEP_BYTES
+                {
+                    list.extend(kept.take());
+                }
+            });
+            // If nobody took it, it is freed here; either way it is no longer ours.
+            return drop(kept);
+        }
         // SAFETY: allocated with this layout in `new`.
         unsafe { dealloc(self.base, self.layout) };
     }

@@ -21,8 +21,9 @@ pub fn seed() -> u64 {
     number("VUB_QCOW2_SEED", 1)
 }
 
-/// For QEMU, which loses data when a range is written or read and discarded at the same time: it uses a freed cluster
-/// anew while requests on their way still go there. And it zeroes what it then writes, where subclusters are allocated.
+/// For QEMU, which these tests are too hard for. It uses a freed cluster anew while other requests still go there, and
+/// before the entry that pointed there is cleared on disk: data turns up in other sectors. And it zeroes what it then
+/// writes, where some subclusters are allocated: killed in between, neither the old nor the new is there.
 pub fn gentle() -> bool {
     std::env::var_os("VUB_QCOW2_GENTLE").is_some()
 }

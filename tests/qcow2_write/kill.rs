@@ -48,11 +48,11 @@ fn kill_often(image: Image, engine: Engine) {
             depth: if alone { 1 } else { 16 },
             cluster: image.cluster / 512,
             flush_one_in: if alone { 6 } else { 12 },
-            gentle: gentle() && !alone,
+            gentle: gentle(),
         };
-        // Any moment, many of them early.
-        let most = 1 + random.below(if alone { 60 } else { 300 });
-        let requests = usize::try_from(random.below(most)).unwrap();
+        // Any moment, some of them early.
+        let most = [10, 240][usize::try_from(random.below(4).min(1)).unwrap()];
+        let requests = usize::try_from(random.below(if alone { most / 8 } else { most })).unwrap();
         sum.requests += kill_amid(&model, &mut client, load, program, requests);
         sum.amid += usize::from(client.queues_mut().iter().any(|q| q.in_flight() > 0));
         let (code, text) = check(&dirs, "a");

@@ -14,6 +14,9 @@ mod blocks;
 mod damage;
 mod fields;
 mod pieces;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod rig;
 mod room;
 mod search;
 mod table;
@@ -317,6 +320,15 @@ impl Refcounts {
         self.table.runs()
     }
 
+    /// Whether `cluster` is part of a refcount table (`true`) or a refcount block; `None`: neither.
+    pub fn is_table(&self, cluster: u64) -> Option<bool> {
+        let mut tables = self.table.own_runs();
+        if tables.any(|(first, count)| (first..first + count).contains(&cluster)) {
+            return Some(true);
+        }
+        self.table.runs().any(|(first, _)| first == cluster).then_some(false)
+    }
+
     /// Table clusters that were made or freed since the last call, in order.
     pub fn take_changes(&mut self) -> Vec<Change> {
         std::mem::take(&mut self.changes)
@@ -341,6 +353,7 @@ impl Refcounts {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
+#[cfg(not(loom))]
 #[path = "refcount_tests.rs"]
 mod tests;

@@ -244,8 +244,7 @@ impl Blocks {
             let pieces = std::mem::take(&mut state.dirty);
             for (n, words) in words.chunks(PIECE / 8).enumerate().filter(|(n, _)| pieces.has(*n)) {
                 let offset = state.offset.plus((n * PIECE) as u64);
-                let bytes = words.iter().flat_map(|w| w.load(Ordering::Relaxed).to_be_bytes());
-                append(&mut copies, offset, bytes);
+                append(&mut copies, offset, words.iter().map(|w| w.load(Ordering::Relaxed)));
             }
             taken.push((state.index, pieces));
         }
@@ -266,14 +265,17 @@ impl Blocks {
     }
 }
 
-/// Adds `bytes` to the last copy if they continue it, else as a copy of its own.
+/// Adds `words` to the last copy if they continue it, else as a copy of its own.
 pub fn append(
     copies: &mut Vec<(HostOffset, Vec<u8>)>,
     offset: HostOffset,
-    bytes: impl Iterator<Item = u8>,
+    words: impl ExactSizeIterator<Item = u64>,
 ) {
-    match copies.last_mut() {
-        Some((at, last)) if at.plus(last.len() as u64) == offset => last.extend(bytes),
-        _ => copies.push((offset, bytes.collect())),
+    let last = copies.last().map(|(at, bytes)| at.plus(bytes.len() as u64));
+    if last != Some(offset) {
+        copies.push((offset, Vec::new()));
     }
+    let (_, bytes) = copies.last_mut().expect("it has one now");
+    bytes.reserve(words.len() * 8);
+    words.for_each(|word| bytes.extend_from_slice(&word.to_be_bytes()));
 }

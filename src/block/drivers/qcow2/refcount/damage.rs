@@ -91,3 +91,8 @@ impl fmt::Display for Damage {
         }
     }
 }
+
+#[cfg(test)]
+#[cfg(not(loom))]
+#[path = "damage_tests.rs"]
+mod tests;

@@ -38,7 +38,10 @@ impl Refcounts {
         Ok((count > 0).then(|| (slot, self.run(goal, count))))
     }
 
-    /// The lowest run of at least `least` free clusters (but the longest that does not matter: at most `want`).
+    /// The lowest run of at least `least` free clusters, at most `want` of them. `least` is a power of two, as [`Rooms`]
+    /// tells no finer apart: what fails in a region is not tried there again.
+    ///
+    /// [`Rooms`]: super::room::Rooms
     pub(super) fn find(&mut self, least: u64, want: u64) -> Result<(At, Run), Blocked> {
         assert!(least > 0 && want >= least, "nothing wanted");
         let mut index = self.rooms.next(0, least);

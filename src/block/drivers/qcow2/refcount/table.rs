@@ -121,7 +121,7 @@ impl Reftable {
     }
 
     /// The table's and old tables' runs.
-    fn own_runs(&self) -> impl Iterator<Item = (u64, u64)> {
+    pub fn own_runs(&self) -> impl Iterator<Item = (u64, u64)> {
         let old = self.retired.iter().chain(&self.unused).copied();
         std::iter::once((self.first, self.clusters)).chain(old)
     }
@@ -196,9 +196,8 @@ impl Reftable {
             retired: self.retired.len(),
         };
         let mut copies = Copies { taken, ..Copies::default() };
-        let bytes = |words: &[u64]| words.iter().flat_map(|w| w.to_be_bytes()).collect::<Vec<_>>();
         if copies.taken.moved {
-            copies.table.push((offset, bytes(&self.words)));
+            append(&mut copies.table, offset, self.words.iter().copied());
             let mut fields = [0; 12];
             fields[..8].copy_from_slice(&offset.0.to_be_bytes());
             let clusters = u32::try_from(self.clusters).expect("8 MiB at most");
@@ -208,7 +207,8 @@ impl Reftable {
         }
         for sector in &copies.taken.sectors {
             let words = &self.words[sector * SECTOR..][..SECTOR];
-            append(&mut copies.table, offset.plus(*sector as u64 * 512), bytes(words).into_iter());
+            let offset = offset.plus(*sector as u64 * 512);
+            append(&mut copies.table, offset, words.iter().copied());
         }
         copies
     }

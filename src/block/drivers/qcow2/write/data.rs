@@ -202,13 +202,18 @@ impl Image {
         }
         let len = usize::try_from(fill.write.end - fill.write.start).map_err(|_| Errno::EIO)?;
         let align = self.data().driver().limits().mem_align.max(512) as usize;
-        let buffer = Buffer::new(len, align);
+        let mut buffer = Buffer::recycled(len, align);
         let mut read = Vec::with_capacity(2);
-        if fill.head == Pad::Copy {
-            read.push(fill.write.start..fill.data.start);
-        }
-        if fill.tail == Pad::Copy {
-            read.push(fill.data.end..fill.write.end);
+        for (pad, range) in [
+            (fill.head, fill.write.start..fill.data.start),
+            (fill.tail, fill.data.end..fill.write.end),
+        ] {
+            let part = range.start - fill.write.start..range.end - fill.write.start;
+            match pad {
+                Pad::Nothing => {}
+                Pad::Zero => buffer.bytes_mut()[part.start as usize..part.end as usize].fill(0),
+                Pad::Copy => read.push(range),
+            }
         }
         if let [head, tail] = &read[..]
             && tail.start - head.end <= (tail.end - tail.start).max(head.end - head.start)

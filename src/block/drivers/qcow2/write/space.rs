@@ -11,7 +11,7 @@ use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::flight::Turn;
 use crate::block::drivers::qcow2::layout::{HostOffset, OFFSET_MASK};
 use crate::block::drivers::qcow2::options::Overlap;
-use crate::block::drivers::qcow2::refcount::Blocked;
+use crate::block::drivers::qcow2::refcount::{Blocked, Damage};
 use crate::error::Errno;
 use crate::mem::Sg;
 use crate::rt::{self, Buffer};
@@ -39,32 +39,40 @@ impl Image {
 
     async fn load_block(&self, w: &Writing, index: u64, offset: HostOffset) -> Result<(), Errno> {
         loop {
-            // Nobody can say whether it has come meanwhile but the allocator, who will be asked again: one read too many is
-            // harmless.
-            let mut waited = false;
-            let look = || std::mem::replace(&mut waited, true).then_some(());
-            let flight = match w.blocks.turn(index, look).await {
-                Turn::Found(()) => return Ok(()),
-                Turn::Mine(flight) => flight,
-            };
-            let len = self.geometry.cluster_size();
-            if offset.0 + len > self.file().len() {
-                return Err(self.fence(w, format_args!(
-                    "Refcount block offset {:#x} beyond the end of the image file (reftable index: {index:#x})",
-                    offset.0
-                )).await);
-            }
-            let align = self.file().driver().limits().mem_align.max(512) as usize;
-            let buffer = Buffer::new(usize::try_from(len).map_err(|_| Errno::EIO)?, align);
-            let iov = [buffer.iovec()];
-            self.file().submit(Op::Read { offset: offset.0, to: Sg::new(&iov) }).await?;
-            let loaded = w.lock().refcounts.load(index, buffer.bytes());
-            drop(flight);
-            match loaded {
+            match self.load_block_once(w, index, offset).await {
                 Ok(()) => return Ok(()),
-                Err(Blocked::CacheFull) => self.flush_tables().await?,
-                Err(Blocked::Corrupt(damage)) => return Err(self.fence(w, damage).await),
-                Err(_) => return Err(Errno::EIO),
+                Err(LoadError::CacheFull) => self.flush_tables().await?,
+                Err(LoadError::Corrupt(damage)) => return Err(self.fence(w, damage).await),
+                Err(LoadError::File(e)) => return Err(e),
+            }
+        }
+    }
+
+    /// Reads a refcount block into the cache; never waits for a flush: this may be the end of one.
+    async fn load_block_once(
+        &self,
+        w: &Writing,
+        index: u64,
+        offset: HostOffset,
+    ) -> Result<(), LoadError> {
+        // One at a time, or old bytes could be read before, and come in after, somebody else's use of the block. Nobody can say
+        // whether it has come meanwhile but the allocator, who will be asked again: who has waited asks.
+        let mut asked = false;
+        let look = || std::mem::replace(&mut asked, true).then_some(());
+        let _flight = match w.blocks.turn(index, look).await {
+            Turn::Found(()) => return Ok(()),
+            Turn::Mine(flight) => flight,
+        };
+        let len = self.geometry.cluster_size();
+        let align = self.file().driver().limits().mem_align.max(512) as usize;
+        let buffer = Buffer::new(usize::try_from(len).map_err(|_| Errno::EIO)?, align);
+        let iov = [buffer.iovec()];
+        self.file().submit(Op::Read { offset: offset.0, to: Sg::new(&iov) }).await?;
+        match w.lock().refcounts.load(index, buffer.bytes()) {
+            Ok(()) => Ok(()),
+            Err(Blocked::Corrupt(damage)) => Err(LoadError::Corrupt(damage)),
+            Err(Blocked::CacheFull | Blocked::NoSpace | Blocked::Load { .. }) => {
+                Err(LoadError::CacheFull)
             }
         }
     }
@@ -119,22 +127,22 @@ impl Image {
                 self.note_tables(w, &mut meta);
                 result
             };
-            let next_step = match result {
+            let again = match result {
                 Ok(_) => {
                     left.next();
                     continue;
                 }
                 Err(Blocked::Load { index, offset }) => {
-                    self.load_block_once(w, index, offset).await
+                    self.load_block_once(w, index, offset).await.is_ok()
                 }
                 Err(Blocked::Corrupt(damage)) => {
                     log::error!("qcow2: cannot free cluster {:#x}: {damage}", next.cluster << bits);
                     left.next();
                     continue;
                 }
-                Err(Blocked::CacheFull | Blocked::NoSpace) => Err(Errno::EIO),
+                Err(Blocked::CacheFull | Blocked::NoSpace) => false,
             };
-            if next_step.is_err() {
+            if !again {
                 w.lock().limbo.push_ready(left);
                 return;
             }
@@ -171,21 +179,6 @@ impl Image {
         }
     }
 
-    /// As [`Image::load_block`], but never waits for a flush: this may be the end of one.
-    async fn load_block_once(
-        &self,
-        w: &Writing,
-        index: u64,
-        offset: HostOffset,
-    ) -> Result<(), Errno> {
-        let len = self.geometry.cluster_size();
-        let align = self.file().driver().limits().mem_align.max(512) as usize;
-        let buffer = Buffer::new(usize::try_from(len).map_err(|_| Errno::EIO)?, align);
-        let iov = [buffer.iovec()];
-        self.file().submit(Op::Read { offset: offset.0, to: Sg::new(&iov) }).await?;
-        w.lock().refcounts.load(index, buffer.bytes()).map_err(|_| Errno::EIO)
-    }
-
     /// Lets the file forget the content of clusters that nobody uses any more.
     async fn discard_freed(&self, w: &Writing, freed: &[Freed]) {
         let mut clusters: Vec<u64> =
@@ -220,7 +213,7 @@ impl Image {
             match count {
                 Ok(count) => return Ok(count),
                 Err(Blocked::Load { index, offset }) => {
-                    self.load_block_once(w, index, offset).await?;
+                    self.load_block_once(w, index, offset).await.map_err(|_| Errno::EIO)?;
                 }
                 Err(_) => return Err(Errno::EIO),
             }
@@ -293,16 +286,11 @@ impl Image {
         if tables.into_iter().any(|e| e & OFFSET_MASK == at) {
             return Overlap::ACTIVE_L2.words();
         }
-        let meta = w.lock();
-        let mut ranges = meta.refcounts.tables().map(|(first, count)| first..first + count);
-        // The table itself comes first.
-        match ranges.position(|range| range.contains(&cluster)) {
-            Some(0) => return Overlap::REFCOUNT_TABLE.words(),
-            Some(_) => return Overlap::REFCOUNT_BLOCK.words(),
+        match w.lock().refcounts.is_table(cluster) {
+            Some(true) => return Overlap::REFCOUNT_TABLE.words(),
+            Some(false) => return Overlap::REFCOUNT_BLOCK.words(),
             None => {}
         }
-        drop(ranges);
-        drop(meta);
         if h.nb_snapshots > 0 && cluster == g.host_cluster(h.snapshots_offset) {
             return Overlap::SNAPSHOT_TABLE.words();
         }
@@ -310,6 +298,19 @@ impl Image {
             .iter()
             .find(|(range, _)| range.contains(&cluster))
             .map_or("metadata", |(_, kind)| kind.words())
+    }
+}
+
+/// Why a refcount block is not in the cache.
+enum LoadError {
+    CacheFull,
+    Corrupt(Damage),
+    File(Errno),
+}
+
+impl From<Errno> for LoadError {
+    fn from(e: Errno) -> Self {
+        LoadError::File(e)
     }
 }
 
