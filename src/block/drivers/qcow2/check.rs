@@ -332,12 +332,14 @@ impl<'a> Check<'a> {
         if self.must_rebuild {
             self.watch.line("ERROR rebuilt refcount structure is still broken");
         }
-        // These leaks were the old structures: not worth a word to the user, unless they are still there.
-        let fresh_leaks = self.report.leaks;
+        // These leaks were the old structures: not worth a word to the user, unless they are still there. New corruptions
+        // come from entries that led beyond the end of the file, to where the new structures are now.
+        let fresh = self.report;
         self.report = found;
         self.report.corruptions_fixed += old.corruptions.saturating_sub(found.corruptions);
         self.report.leaks_fixed += old.leaks.saturating_sub(found.leaks);
-        self.report.leaks += fresh_leaks;
+        self.report.leaks += fresh.leaks;
+        self.report.corruptions += fresh.corruptions;
         Ok(())
     }
 

@@ -121,9 +121,12 @@ fn table(header: &Header, fixed: &[u8]) -> Option<Table> {
         && flags & !3 == 0
         && kind == 1
         && bytes <= BITMAP_MAX;
+    if !well_formed {
+        return None;
+    }
     let covered = (u128::from(bytes) * 8) << granularity;
     let fits = flags & IN_USE != 0 || u128::from(header.size) <= covered;
-    (well_formed && fits).then_some(Table { offset, entries })
+    fits.then_some(Table { offset, entries })
 }
 
 /// Judges the bitmap directory of the image in `file`, if it has one, as QEMU does when it opens an image.

@@ -258,7 +258,7 @@ impl Image {
             for cluster in run.first..run.first + run.count {
                 // The block that was cached a moment ago may have to be read again: later, then.
                 if meta.refcounts.release(cluster).is_err() {
-                    meta.limbo.push_ready([Freed { cluster, discard: false }]);
+                    meta.limbo.push_ready([Freed { cluster, discard: false, table: false }]);
                 }
             }
             meta.released += 1;

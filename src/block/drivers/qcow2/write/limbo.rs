@@ -17,6 +17,8 @@ pub struct Freed {
     pub cluster: u64,
     /// The file may forget its content before the cluster is used again (`pass-discard-*`).
     pub discard: bool,
+    /// It was (a part of) a table of ours. An entry for data says nothing of tables: in a broken image it may lead to one.
+    pub table: bool,
 }
 
 #[derive(Default)]

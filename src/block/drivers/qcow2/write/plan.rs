@@ -336,7 +336,11 @@ impl Image {
             };
             entries.push(L2Entry::encode(new, g));
             let discard = self.choices.pass_discard_other;
-            freed.extend(self.references(*old).map(|cluster| Freed { cluster, discard }));
+            freed.extend(self.references(*old).map(|cluster| Freed {
+                cluster,
+                discard,
+                table: false,
+            }));
         }
         let fresh = allocated.as_ref().is_some_and(|run| run.fresh);
         Fill {

@@ -118,7 +118,7 @@ impl Image {
         let first = self.contiguous(w, count).await?;
         let place = HostOffset(first << g.cluster_bits);
         let freed = |first: u64, count: u64| {
-            (first..first + count).map(|cluster| Freed { cluster, discard: false })
+            (first..first + count).map(|cluster| Freed { cluster, discard: false, table: true })
         };
         let made = async {
             self.grow_to(w, place.plus(count << g.cluster_bits).0).await?;
@@ -180,8 +180,11 @@ impl Image {
                 Ok(run) if run.count == count => return Ok(run.first),
                 Ok(run) => {
                     // Kept until the next flush, so that the search goes on.
-                    let part = (run.first..run.first + run.count)
-                        .map(|cluster| Freed { cluster, discard: false });
+                    let part = (run.first..run.first + run.count).map(|cluster| Freed {
+                        cluster,
+                        discard: false,
+                        table: true,
+                    });
                     w.lock().limbo.push_ready(part);
                 }
                 // A flush from here would wait for itself.

@@ -9,7 +9,7 @@ use super::limbo::Freed;
 use crate::block::Op;
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::flight::Turn;
-use crate::block::drivers::qcow2::layout::HostOffset;
+use crate::block::drivers::qcow2::layout::{HostOffset, OFFSET_MASK};
 use crate::block::drivers::qcow2::options::Overlap;
 use crate::block::drivers::qcow2::refcount::{Blocked, Damage};
 use crate::error::Errno;
@@ -119,8 +119,7 @@ impl Image {
                 let result = meta.refcounts.release(next.cluster);
                 if let Ok(count) = &result {
                     meta.released += 1;
-                    if *count == 0 {
-                        // Whatever it was, it is no table now.
+                    if *count == 0 && next.table && !self.is_active_table(next.cluster) {
                         w.tables.remove(next.cluster, 1);
                     }
                     self.touch_refcounts(w);
@@ -148,6 +147,15 @@ impl Image {
                 return;
             }
         }
+    }
+
+    /// Whether the L1 table still leads to `cluster`, or is there: in a broken image two entries may share a table.
+    fn is_active_table(&self, cluster: u64) -> bool {
+        let (l1, len) = self.l1_place();
+        let first = self.geometry.host_cluster(l1);
+        let at = cluster << self.geometry.cluster_bits;
+        (first..first + len.div_ceil(self.geometry.cluster_size())).contains(&cluster)
+            || (0..self.l1.len()).any(|i| self.l1.get(i) & OFFSET_MASK == at)
     }
 
     /// Old refcount tables that the header no longer points to.
@@ -275,7 +283,7 @@ impl Image {
         }
         let at = cluster << g.cluster_bits;
         let tables = (0..self.l1.len()).map(|i| self.l1.get(i));
-        if tables.into_iter().any(|e| e & super::super::layout::OFFSET_MASK == at) {
+        if tables.into_iter().any(|e| e & OFFSET_MASK == at) {
             return Overlap::ACTIVE_L2.words();
         }
         match w.lock().refcounts.is_table(cluster) {

@@ -87,7 +87,7 @@ impl Image {
 
     fn freed_table(&self, table: HostOffset) -> Freed {
         let cluster = self.geometry.host_cluster(table);
-        Freed { cluster, discard: self.choices.pass_discard_other }
+        Freed { cluster, discard: self.choices.pass_discard_other, table: true }
     }
 
     /// A cluster for a table, and whether the file reads as zeroes there.

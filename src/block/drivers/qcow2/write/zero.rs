@@ -94,11 +94,12 @@ impl Image {
             // The file alone must show what the guest sees.
             let flags = ZeroFlags::MAY_UNMAP;
             self.in_data_file(Op::WriteZeroes { offset, len, flags }).await?;
-        } else if self.geometry.data_file && self.choices.pass_discard_request {
+        } else if !self.choices.pass_discard_request {
+            // Only entries change.
+        } else if self.geometry.data_file {
             // Its clusters have no refcounts and never belong to anybody else.
             self.in_data_file(Op::Discard { offset, len }).await?;
-        }
-        if self.choices.discard_no_unref && self.choices.pass_discard_request {
+        } else if self.choices.discard_no_unref {
             self.discard_kept(w, offset, len).await?;
         }
         self.change_entries(w, offset, len, Wish::Discard).await
@@ -215,7 +216,11 @@ impl Image {
                     if change.gives_up {
                         let discard = self.choices.pass_discard_request;
                         let clusters = self.references(mapping);
-                        freed.extend(clusters.map(|cluster| Freed { cluster, discard }));
+                        freed.extend(clusters.map(|cluster| Freed {
+                            cluster,
+                            discard,
+                            table: false,
+                        }));
                     }
                     L2Entry::encode(change.mapping, g)
                 }

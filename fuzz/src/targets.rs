@@ -1,0 +1,221 @@
+//! What is done with the images.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use serde_json::{Value, json};
+use vhost_user_blk::block::drivers::qcow2::check::Fix;
+use vhost_user_blk::block::print::{self, Format};
+
+use super::bed::Bed;
+use super::entropy::Entropy;
+use super::guest::{self, MARK, Model};
+use super::image::{self, Made, Shape};
+use super::mutate::{Change, mutate};
+
+/// What a run begins with.
+struct Case<'a> {
+    e: Entropy<'a>,
+    made: Made,
+    /// The changes: what, where, from and to.
+    changed: Vec<Change>,
+    seed: u64,
+    options: Value,
+}
+
+impl Case<'_> {
+    fn new(bytes: &[u8]) -> Case<'_> {
+        let mut e = Entropy(bytes);
+        let seed = u64::from(e.byte());
+        let shape = Shape::random(&mut e);
+        let options = options(&mut e, shape.version);
+        let mut made = image::make(shape, &mut e);
+        let changed = mutate(&mut made, &mut e);
+        Case { e, made, changed, seed, options }
+    }
+
+    /// Whether nothing was changed.
+    fn is_sound(&self) -> bool {
+        self.changed.is_empty()
+    }
+
+    /// With `VUB_FUZZ_VERBOSE`: what this is about.
+    fn tell(&self, more: impl FnOnce() -> String) {
+        if std::env::var_os("VUB_FUZZ_VERBOSE").is_some() {
+            eprintln!("{:?}, {}, changed {:x?}", self.made.shape, self.options, self.changed);
+            eprintln!("{}", more());
+        }
+    }
+}
+
+/// What the guest must see of an image that nothing was changed in.
+pub fn contents(made: &Made) -> Model {
+    let mut model = Model::new(made.shape.size);
+    model.bytes.copy_from_slice(&made.content);
+    model.known.fill(true);
+    model.sound = true;
+    model
+}
+
+fn options(e: &mut Entropy, version: u32) -> Value {
+    let mut options = json!({});
+    if e.one_in(3) {
+        options["l2-cache-size"] = json!(1024);
+        options["l2-cache-entry-size"] = json!(512);
+    }
+    if e.one_in(8) {
+        options["overlap-check"] = json!("all");
+    }
+    if version > 2 && e.one_in(8) {
+        options["discard-no-unref"] = json!(true);
+    }
+    if e.one_in(4) {
+        options["pass-discard-other"] = json!(true);
+    }
+    options
+}
+
+/// Opens to read and to write, prints, checks, repairs.
+pub fn open(bytes: &[u8]) {
+    let case = Case::new(bytes);
+    let bed = Bed::new(case.seed, &case.made, None);
+    let opened = bed.open(false, case.options.clone());
+    case.tell(String::new);
+    assert!(opened.is_ok() || !case.is_sound(), "a sound image: {}", opened.err().unwrap());
+    if let Ok(opened) = opened {
+        for format in [Format::Text, Format::Json, Format::Dot] {
+            assert!(!print::print(&opened.graph, format).is_empty());
+        }
+        assert!(opened.close());
+    }
+    let before = bed.check(Fix::Nothing);
+    if case.is_sound() {
+        let (report, told) = before.as_ref().expect("a sound image");
+        assert!(report.is_clean(), "a sound image: {report:?} {told:?}");
+    }
+    assert!(bed.sim.image("image").to_vec() == case.made.file, "reading has changed the image");
+    let counts = bed.sim.counts("image");
+    assert_eq!((counts[1], counts[2], counts[3], counts[5]), (0, 0, 0, 0), "changes by reading");
+    if let Ok(opened) = bed.open(true, case.options.clone()) {
+        assert!(!print::print(&opened.graph, Format::Text).is_empty());
+        opened.close();
+    }
+    let repaired = bed.check(Fix::All);
+    case.tell(|| format!("{repaired:?}"));
+    if let Ok((report, _)) = repaired
+        && report.corruptions == 0
+        && report.check_errors == 0
+    {
+        let (after, told) = bed.check(Fix::Nothing).expect("a repaired image");
+        // An image whose refcounts were built anew is without leaks only in theory: theirs may be found by the next.
+        assert!(after.corruptions == 0 && after.check_errors == 0, "repaired: {after:?} {told:?}");
+    }
+    bed.assert_bounded();
+}
+
+/// Reads all of it, twice.
+pub fn read(bytes: &[u8]) {
+    let case = Case::new(bytes);
+    let bed = Bed::new(case.seed, &case.made, None);
+    let opened = match bed.open(false, case.options.clone()) {
+        Ok(opened) => opened,
+        Err(e) => {
+            assert!(!case.is_sound(), "a sound image: {e}");
+            return;
+        }
+    };
+    let node = opened.node();
+    let model = if !case.is_sound() { Model::new(node.len()) } else { contents(&case.made) };
+    let model = RefCell::new(model);
+    bed.run(guest::read_all(&node, &model, "reading"));
+    bed.run(guest::read_all(&node, &model, "reading again"));
+    drop(node);
+    assert!(opened.close());
+    assert!(bed.sim.image("image").to_vec() == case.made.file, "reading has changed the image");
+    bed.assert_bounded();
+}
+
+/// A guest at work.
+pub fn write(bytes: &[u8]) {
+    let mut case = Case::new(bytes);
+    let full = case.e.one_in(12);
+    let capacity = case.made.file.len() as u64 + case.e.below(20) * 1024;
+    let capacity = full.then_some(capacity);
+    let bed = Bed::new(case.seed, &case.made, capacity);
+    let clean = bed.check(Fix::Nothing).is_ok_and(|(report, _)| report.is_clean());
+    assert!(clean || !case.is_sound(), "a sound image");
+    let opened = match bed.open(true, case.options.clone()) {
+        Ok(opened) => opened,
+        Err(e) => {
+            assert!(!case.is_sound(), "a sound image: {e}");
+            return;
+        }
+    };
+    let node = opened.node();
+    let mut model = if !case.is_sound() { Model::new(node.len()) } else { contents(&case.made) };
+    model.sound &= !full;
+    // Clusters may be shared by mistake: nobody can say what they hold.
+    model.blind = !clean;
+    let model = Rc::new(RefCell::new(model));
+    if clean && !case.is_sound() {
+        // Who knows what the disk is now; from now on it must be that.
+        bed.run(guest::read_all(&node, &model, "at first"));
+    }
+    let cluster = 1 << case.made.shape.cluster_bits;
+    let batches = guest::steps(&mut case.e, node.len(), cluster);
+    case.tell(|| format!("clean {clean}, {capacity:?}, {batches:?}"));
+    bed.run(guest::work(&node, &batches, &model));
+    bed.run(guest::read_all(&node, &model, "afterwards"));
+    drop(node);
+    let closed = opened.close();
+    assert!(closed || !model.borrow().sound, "closing a sound image");
+    bed.assert_bounded();
+    assert_tables_are_tables(&bed.sim.image("image").to_vec());
+    if clean {
+        judge(&bed, &case, full, &model);
+    }
+}
+
+/// An image without errors has none now, and its content is the guest's.
+fn judge(bed: &Bed, case: &Case<'_>, full: bool, model: &RefCell<Model>) {
+    let (report, told) = bed.check(Fix::Nothing).expect("an image that was clean");
+    assert!(report.corruptions == 0 && report.check_errors == 0, "{report:?} {told:?}");
+    // Bitmaps that are not kept up to date any more are lost.
+    let excused = full || case.made.shape.bitmap || !case.is_sound();
+    assert!(report.leaks == 0 || excused, "{report:?} {told:?}");
+    let again = bed.open(false, json!({})).expect("an image that was clean");
+    bed.run(guest::read_all(&again.node(), model, "opened again"));
+    assert!(again.close());
+}
+
+/// # Panics
+/// If data of the guest is in the header, the L1 table, an L2 table, the refcount table or a refcount block.
+pub fn assert_tables_are_tables(file: &[u8]) {
+    let word = |at: u64| -> u64 {
+        let at = usize::try_from(at).unwrap_or(usize::MAX);
+        let bytes = file.get(at..at.saturating_add(8)).and_then(|b| b.try_into().ok());
+        bytes.map_or(0, u64::from_be_bytes)
+    };
+    let cluster = 1u64 << (word(16) as u32).clamp(9, 21);
+    let assert_table = |name: &str, offset: u64, len: u64| {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(file.len());
+        let end = usize::try_from(offset.saturating_add(len)).unwrap_or(usize::MAX).min(file.len());
+        let found = file[start..end].windows(MARK.len()).position(|bytes| bytes == MARK);
+        assert_eq!(found, None, "data of the guest in the {name} at {offset:#x}");
+    };
+    assert_table("header", 0, cluster);
+    let (l1, l1_len) = (word(40), (word(32) & 0xffff_ffff) * 8);
+    let (reftable, reftable_len) = (word(48), (word(56) >> 32) * cluster);
+    assert_table("L1 table", l1, l1_len);
+    assert_table("refcount table", reftable, reftable_len);
+    for at in (l1..l1.saturating_add(l1_len)).step_by(8) {
+        if let offset @ 1.. = word(at) & 0x00ff_ffff_ffff_fe00 {
+            assert_table("L2 table", offset, cluster);
+        }
+    }
+    for at in (reftable..reftable.saturating_add(reftable_len)).step_by(8) {
+        if let offset @ 1.. = word(at) & !0x1ff {
+            assert_table("refcount block", offset, cluster);
+        }
+    }
+}
