@@ -141,7 +141,7 @@ impl Image {
         if let Some(refcounts) = &copies.refcounts
             && !late
         {
-            self.write_refcounts(w, refcounts).await?;
+            self.write_refcounts(w, refcounts, entries).await?;
         } else if !(entries && broken(Mutation::NoFlushBeforeL2)) {
             self.sync().await?;
         }
@@ -156,7 +156,8 @@ impl Image {
         }
         crew.finish().await?;
         let last = broken(Mutation::NoLastFlush);
-        if !copies.slices.is_empty() && !broken(Mutation::NoFlushBeforeL1) && !last {
+        let no_wait = !copies.l1.is_empty() && broken(Mutation::NoFlushBeforeL1);
+        if !copies.slices.is_empty() && !no_wait && !last {
             self.file().submit(Op::Flush).await?;
         }
         if !copies.l1.is_empty() {
@@ -169,20 +170,26 @@ impl Image {
             }
         }
         if late && let Some(refcounts) = &copies.refcounts {
-            self.write_refcounts(w, refcounts).await?;
+            self.write_refcounts(w, refcounts, entries).await?;
         }
         Ok(())
     }
 
     /// Refcount blocks, guest data, the refcount table, the header, in that order; all stable.
-    async fn write_refcounts(&self, w: &Writing, refcounts: &Snapshot) -> Result<(), Errno> {
+    /// `entries` rely on them.
+    async fn write_refcounts(
+        &self,
+        w: &Writing,
+        refcounts: &Snapshot,
+        entries: bool,
+    ) -> Result<(), Errno> {
         let mut crew = Crew::default();
         for (at, bytes) in &refcounts.blocks {
             crew.add(Box::pin(write_bytes(self.file(), *at, bytes.clone()))).await;
         }
         crew.finish().await?;
         let table_first = !refcounts.table.is_empty() && broken(Mutation::NoFlushBeforeReftable);
-        if !broken(Mutation::NoFlushBeforeL2) && !table_first {
+        if !(entries && broken(Mutation::NoFlushBeforeL2)) && !table_first {
             self.sync().await?;
         }
         if refcounts.table.is_empty() {
