@@ -55,15 +55,15 @@ fn seeds(name: &'static str, count: u64, target: fn(&[u8])) {
 
 #[test]
 fn opening() {
-    seeds("qcow2_open", 1000, fuzz::open);
+    seeds("qcow2_open", 400, fuzz::open);
 }
 
 #[test]
 fn reading() {
-    seeds("qcow2_read", 1000, fuzz::read);
+    seeds("qcow2_read", 400, fuzz::read);
 }
 
 #[test]
 fn writing() {
-    seeds("qcow2_write", 1000, fuzz::write);
+    seeds("qcow2_write", 250, fuzz::write);
 }

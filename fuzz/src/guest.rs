@@ -249,14 +249,19 @@ async fn perform(node: &Node, step: &Step, others: &[Range<u64>], model: &RefCel
     }
 }
 
-/// The data of write `number` at `start`.
+/// The data of write `number` at `start`: every 16 bytes say where they belong.
 fn fill(number: u16, start: u64, bytes: &mut [u8]) {
-    for (i, byte) in bytes.iter_mut().enumerate() {
-        let at = start + i as u64;
-        let [.., a, b, c, d] = (at / 16).to_be_bytes();
-        let [n, m] = number.to_be_bytes();
-        let unit = [&MARK[..], &[n, m, a, b, c, d, 0x11, 0x22, 0x33, 0x44]].concat();
-        *byte = unit[(at % 16) as usize];
+    let (mut at, mut rest) = (start, bytes);
+    while !rest.is_empty() {
+        let mut unit = [0x11; 16];
+        unit[..6].copy_from_slice(&MARK);
+        unit[6..8].copy_from_slice(&number.to_be_bytes());
+        unit[8..12].copy_from_slice(&((at / 16) as u32).to_be_bytes());
+        let part = &unit[(at % 16) as usize..];
+        let n = part.len().min(rest.len());
+        let (now, later) = rest.split_at_mut(n);
+        now.copy_from_slice(&part[..n]);
+        (at, rest) = (at + n as u64, later);
     }
 }
 
