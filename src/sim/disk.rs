@@ -4,6 +4,7 @@
 //! future is polled again. Requests are chosen in random order, so they overtake each other; a read sees the disk as it is
 //! when the read completes, including parts of writes that are still in flight.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::task::Waker;
 
@@ -43,6 +44,20 @@ pub(super) enum Work<'a> {
     Truncate(u64),
     /// The least length in bytes.
     Grow(u64),
+}
+
+impl Work<'_> {
+    fn range(&self) -> Range<u64> {
+        match *self {
+            Work::Op(Op::Read { offset, to }) => offset..offset + to.len() as u64,
+            Work::Op(Op::Write { offset, from, .. }) => offset..offset + from.len() as u64,
+            Work::Op(Op::WriteZeroes { offset, len, .. } | Op::Discard { offset, len }) => {
+                offset..offset.saturating_add(len)
+            }
+            Work::Op(Op::Flush) => 0..0,
+            Work::Truncate(len) | Work::Grow(len) => len..u64::MAX,
+        }
+    }
 }
 
 impl Request {
@@ -158,6 +173,8 @@ struct Pending {
     change: Option<Change>,
     fault: Option<Fault>,
     chosen: bool,
+    /// Where it works, in bytes; flushes: nowhere.
+    range: Range<u64>,
     /// The scheduler rather takes another one.
     slow: bool,
     waker: Waker,
@@ -174,6 +191,8 @@ pub(super) struct State {
     pub(super) over: bool,
     /// Writes whose memory changed while they were in flight.
     pub(super) changed_in_flight: u64,
+    /// Requests of this disk in this range are not completed.
+    pub(super) held: Option<(usize, Range<u64>)>,
     pending: Vec<Pending>,
     requests: u64,
 }
@@ -188,6 +207,7 @@ impl State {
             trace: 0,
             over: false,
             changed_in_flight: 0,
+            held: None,
             pending: Vec::new(),
             requests: 0,
         }
@@ -237,7 +257,7 @@ impl State {
         }
         let slow = self.rng.chance(1, 8);
         let waker = waker.clone();
-        self.pending.push(Pending { id, disk, change, fault, chosen: false, slow, waker });
+        self.pending.push(Pending { id, disk, change, fault, chosen: false, range: work.range(), slow, waker });
         id
     }
 
@@ -283,21 +303,34 @@ impl State {
 
     /// How many requests could be completed now.
     pub(super) fn choosable(&self) -> usize {
-        self.pending.iter().filter(|p| !p.chosen).count()
+        self.pending.iter().filter(|p| !p.chosen && !self.is_held(p)).count()
+    }
+
+    fn is_held(&self, p: &Pending) -> bool {
+        self.held.as_ref().is_some_and(|(disk, held)| {
+            *disk == p.disk && p.range.start < held.end && held.start < p.range.end
+        })
+    }
+
+    /// How many requests are held.
+    pub(super) fn held(&self) -> usize {
+        self.pending.iter().filter(|p| !p.chosen && self.is_held(p)).count()
     }
 
     /// Chooses one of them; the caller wakes its task.
     pub(super) fn choose(&mut self) -> Option<Waker> {
         let patient = self.rng.chance(15, 16);
-        let mut open: Vec<&mut Pending> = self.pending.iter_mut().filter(|p| !p.chosen).collect();
-        if patient && open.iter().any(|p| !p.slow) {
-            open.retain(|p| !p.slow);
+        let open = (0..self.pending.len())
+            .filter(|at| !self.pending[*at].chosen && !self.is_held(&self.pending[*at]));
+        let mut open: Vec<usize> = open.collect();
+        if patient && open.iter().any(|at| !self.pending[*at].slow) {
+            open.retain(|at| !self.pending[*at].slow);
         }
         if open.is_empty() {
             return None;
         }
         let at = self.rng.index(open.len());
-        let pending = open.swap_remove(at);
+        let pending = &mut self.pending[open.swap_remove(at)];
         pending.chosen = true;
         Some(pending.waker.clone())
     }

@@ -399,7 +399,8 @@ impl Medium {
                     write.change.apply_piece(&mut image, piece);
                 }
             }
-            if all.is_none() && choice.rng.chance(1, 8) {
+            let alive = write.live.contains(&true);
+            if all.is_none() && choice.rng.chance(1, 8) && alive {
                 // The new length has reached the medium before the data.
                 image.set_len(image.len().max(write.change.end()));
             }

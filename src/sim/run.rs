@@ -223,6 +223,22 @@ impl Sim {
         self.with_disk(disk, |d| d.options.capacity = capacity);
     }
 
+    /// From now on requests of disk `disk` that touch `range` are slow: they do not complete. An empty range: as ever.
+    ///
+    /// # Panics
+    /// If there is no such disk.
+    pub fn hold(&self, disk: &str, range: std::ops::Range<u64>) {
+        let mut state = lock(&self.world);
+        let at = state.disks.iter().position(|d| d.name == disk);
+        let at = at.unwrap_or_else(|| panic!("no simulated disk '{disk}'"));
+        state.held = Some((at, range));
+    }
+
+    /// How many requests are held by [`Sim::hold`].
+    pub fn held(&self) -> usize {
+        lock(&self.world).held()
+    }
+
     /// What disk `disk` holds now, as reads see it.
     ///
     /// # Panics

@@ -276,7 +276,7 @@ pub struct Image {
 /// The clusters of a snapshot by guest cluster: its entry's flags, and a digest of the data.
 pub type Frozen = BTreeMap<u64, (u64, u64)>;
 
-fn graph_of(options: Value) -> Result<(Arc<Graph>, Arc<Node>), String> {
+pub fn graph_of(options: Value) -> Result<(Arc<Graph>, Arc<Node>), String> {
     let graph = Graph::with_drivers(DRIVERS);
     let Value::Object(mut options) = options else { unreachable!() };
     options.insert("node-name".to_owned(), Value::from("n"));
