@@ -253,7 +253,6 @@ fn moving(setup: &mut Setup, plan: &mut Plan, rng: &mut Rng) {
 const PLANS: [(Mutation, Shape, Run); 19] = [
     (Mutation::NoFlushBeforeL2, anything, cut),
     (Mutation::RefcountsLast, anything, cut),
-    (Mutation::NoFlushBeforeL1, anything, cut),
     (Mutation::NoFlushBeforeReftable, growing, cut),
     (Mutation::NoFlushBeforeHeader, moving, cut),
     (Mutation::NoLastFlush, anything, cut),

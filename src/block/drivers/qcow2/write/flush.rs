@@ -10,7 +10,7 @@
 //! 2. Data, and what was copied around it, reaches the disk before the L2 entry that leads there.
 //! 3. An entry that no longer leads to a cluster reaches the disk before the cluster's refcount drops, before the file is told to
 //!    forget it, and before anybody else may have it ([`super::limbo`]).
-//! 4. An L2 table reaches the disk before the L1 entry that leads there; a refcount block before its entry in the refcount
+//! 4. An L2 table, zeroed or copied whole, reaches the disk before the L1 entry that leads there; a refcount block before its entry in the refcount
 //!    table; a moved refcount table before the header says so.
 //! 5. A guest's flush writes back everything that completed before it came.
 //! 6. The dirty and corrupt bits are stable before anything relies on them; the dirty bit goes last, at the orderly end.
@@ -22,7 +22,7 @@
 //!   copies of all dirty refblocks, slices, L1 sectors, under the Meta lock: one moment
 //!   [lazy: dirty bit, fdatasync]
 //!   refblocks ── fdatasync of file and data file (data too) ── reftable ── fdatasync ── header ── fdatasync
-//!   L2 slices ── fdatasync ── L1 sectors ── fdatasync
+//!   L2 slices, L1 sectors ── fdatasync
 //!   limbo: what lost its entry before that moment has one wait less
 //! ```
 //!
@@ -154,20 +154,15 @@ impl Image {
                 Err(e) => crew.failed(e),
             }
         }
-        crew.finish().await?;
-        let last = broken(Mutation::NoLastFlush);
-        let no_wait = !copies.l1.is_empty() && broken(Mutation::NoFlushBeforeL1);
-        if !copies.slices.is_empty() && !no_wait && !last {
-            self.file().submit(Op::Flush).await?;
+        // An L1 entry was set when its table was complete on disk, by the first fdatasync stably so: it need not wait for slices.
+        let (table, _) = self.l1_place();
+        for (offset, bytes) in &copies.l1 {
+            let at = table.plus(*offset);
+            crew.add(Box::pin(write_bytes(self.file(), at, bytes.clone()))).await;
         }
-        if !copies.l1.is_empty() {
-            let (table, _) = self.l1_place();
-            for (offset, bytes) in &copies.l1 {
-                write_bytes(self.file(), table.plus(*offset), bytes.clone()).await?;
-            }
-            if !last {
-                self.file().submit(Op::Flush).await?;
-            }
+        crew.finish().await?;
+        if entries && !broken(Mutation::NoLastFlush) {
+            self.file().submit(Op::Flush).await?;
         }
         if late && let Some(refcounts) = &copies.refcounts {
             self.write_refcounts(w, refcounts, entries).await?;
