@@ -250,7 +250,7 @@ fn moving(setup: &mut Setup, plan: &mut Plan, rng: &mut Rng) {
 }
 
 /// Where each deliberate mistake is looked for.
-const PLANS: [(Mutation, Shape, Run); 19] = [
+const PLANS: [(Mutation, Shape, Run); 18] = [
     (Mutation::NoFlushBeforeL2, anything, cut),
     (Mutation::RefcountsLast, anything, cut),
     (Mutation::NoFlushBeforeReftable, growing, cut),

@@ -184,7 +184,8 @@ impl Image {
         }
         crew.finish().await?;
         let table_first = !refcounts.table.is_empty() && broken(Mutation::NoFlushBeforeReftable);
-        if !(entries && broken(Mutation::NoFlushBeforeL2)) && !table_first {
+        let too_early = table_first || entries && broken(Mutation::NoFlushBeforeL2);
+        if !too_early {
             self.sync().await?;
         }
         if refcounts.table.is_empty() {
