@@ -194,13 +194,11 @@ impl Image {
         for (at, bytes) in &refcounts.table {
             write_bytes(self.file(), *at, bytes.clone()).await?;
         }
-        if refcounts.header.is_none() || !broken(Mutation::NoFlushBeforeHeader) {
-            self.sync().await?;
+        match refcounts.header {
+            // Flushes before and after.
+            Some(bytes) => w.header.set_reftable(self.file(), bytes).await,
+            None => self.sync().await,
         }
-        if let Some(bytes) = refcounts.header {
-            w.header.set_reftable(self.file(), bytes).await?;
-        }
-        Ok(())
     }
 
     /// Everything that was written is stable, guest data too.
