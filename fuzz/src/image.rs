@@ -117,6 +117,8 @@ impl Shape {
 pub struct Made {
     pub shape: Shape,
     pub file: Vec<u8>,
+    /// The image file's length in bytes, if it is longer than `file`: zeroes.
+    pub len: u64,
     pub data: Vec<u8>,
     pub backing: Vec<u8>,
     /// What the guest sees.
@@ -172,6 +174,7 @@ pub fn make(shape: Shape, e: &mut Entropy) -> Made {
     let m = Made {
         shape,
         file: Vec::new(),
+        len: 0,
         data,
         backing,
         content,
