@@ -64,6 +64,32 @@ impl Node {
         Located { map: Map::Slow, no_flush, unstable }
     }
 
+    /// As [`Node::locate`] in a simulation, whose disks have no file: the node of driver `leaf` that has the range, where, and
+    /// [`Located::unstable`].
+    #[cfg(any(test, feature = "sim"))]
+    pub fn locate_leaf(
+        &self,
+        dir: Dir,
+        offset: u64,
+        len: u64,
+        leaf: &super::DriverDef,
+    ) -> Option<(&Node, u64, bool)> {
+        let (mut node, mut offset, mut unstable) = (self, offset, false);
+        for _ in 0..FAST_DEPTH {
+            if dir == Dir::Write && !node.fast_writes() {
+                return None;
+            }
+            if std::ptr::eq(node.def(), leaf) {
+                return Some((node, offset, unstable));
+            }
+            let map = node.driver().map(dir, offset, len);
+            unstable |= dir == Dir::Write && !node.driver().is_stable();
+            let Map::Child { child, offset: at } = map else { return None };
+            (node, offset) = (child, at);
+        }
+        None
+    }
+
     fn fast_writes(&self) -> bool {
         !self.read_only()
             && self.detect_zeroes() == DetectZeroes::Off

@@ -56,7 +56,7 @@ const READ_MAX: u64 = 2048;
 pub enum Stage {
     /// The guest has finished and flushed; the node has not been closed.
     Running,
-    /// The image has been opened again after an orderly end.
+    /// The image has been opened again after an orderly end of its first life.
     Closed,
     /// The image has been opened again after a crash: leaks are allowed.
     Crashed(Crash),
@@ -303,7 +303,8 @@ impl Life<'_> {
         let model = Rc::new(RefCell::new(self.model()));
         let rng = Rng::new(self.seed).fork(3);
         let workload = self.plan.workload;
-        let guest = Guest::new(node.clone(), sim.clone(), model.clone(), workload, faults, rng);
+        let entrance = (node.clone(), Arc::clone(opened.graph.grace()));
+        let guest = Guest::new(entrance, sim.clone(), model.clone(), workload, faults, rng);
         let done = sim.run(guest.run()).map_err(|e| e.to_string())?;
         done.map_err(|violation| format!("at work: {violation}"))?;
         self.last_flush(sim, &node, &model)?;
@@ -315,8 +316,28 @@ impl Life<'_> {
         opened.close();
         match close {
             Err(e) if !faults => Err(format!("closing: {e}")),
+            Ok(()) if !faults => self.after_close(sim, &model).map(|()| model),
             _ => Ok(model),
         }
+    }
+
+    /// The image is opened again after its orderly end: nothing is lost, nothing is left over.
+    fn after_close(&self, sim: &Sim, model: &Rc<RefCell<Model>>) -> Result<(), String> {
+        let again = Sim::new(self.seed);
+        sim.specs().into_iter().for_each(|disk| again.add_disk(disk));
+        let opened = Opened::new(self.subject).map_err(|e| format!("after the end: {e}"))?;
+        let node = opened.node();
+        // Later lives begin with what a crash has left over.
+        let stage = if self.life == 0 { Stage::Closed } else { Stage::Crashed(Crash::Power) };
+        self.judge(&again, &node, stage)?;
+        let found = self.read_all(&again, &node, &model.borrow())?;
+        let (now, model) = (sim.tick(), model.borrow());
+        let seen = found.iter().map(|(start, bytes)| model.check_read(*start, bytes, now, now));
+        let seen = seen.collect::<Result<(), _>>();
+        seen.map_err(|violation| format!("after the end: {violation}"))?;
+        drop(node);
+        opened.close();
+        Ok(())
     }
 
     /// The guest flushes once more and reads everything.

@@ -231,6 +231,18 @@ impl Sim {
         self.with_disk(disk, |d| d.image.clone())
     }
 
+    /// All disks as they are now.
+    pub fn specs(&self) -> Vec<DiskSpec> {
+        let state = lock(&self.world);
+        let disks = state.disks.iter();
+        let spec = |d: &super::disk::Disk| DiskSpec {
+            name: d.name.clone(),
+            image: d.image.clone(),
+            options: d.options,
+        };
+        disks.map(spec).collect()
+    }
+
     /// How many requests of each kind (in the order of [`super::Request::ALL`]) disk `disk` has got.
     ///
     /// # Panics

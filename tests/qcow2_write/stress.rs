@@ -119,3 +119,23 @@ fn an_overlay_with_lazy_refcounts() {
     let image = Image { options, cluster: 4096, overlay: true, size: SIZE };
     stress(image, How::default());
 }
+
+/// More refcount blocks change with the last discard than the cache of them holds: they are written before the end.
+#[test]
+fn all_is_discarded_before_the_end() {
+    const SECTORS: u32 = 8192;
+    let dirs = Dirs::new();
+    dirs.create("a", "cluster_size=512", &["4M"]);
+    let program = start(&dirs.path("a"), How::default());
+    let mut client = connect(&program, 1);
+    let q = client.queue(0);
+    for at in (0..SECTORS.into()).step_by(128) {
+        q.write(at, &stamps(at, 128, BASE)).unwrap();
+    }
+    q.flush().unwrap();
+    q.discard(0, SECTORS).unwrap();
+    assert!(read_all(&mut client).iter().all(|b| *b == 0));
+    drop(client);
+    assert!(program.terminate().success());
+    assert_clean(&dirs, "a", "all is discarded");
+}

@@ -24,8 +24,6 @@ type Result<T> = std::result::Result<T, Errno>;
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
 const GROW: i32 = 0;
-/// A file system's block.
-const BLOCK: u64 = 4096;
 
 /// What is behind the file name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -225,20 +223,13 @@ impl Medium {
         try_once(&self.can.grow, self.allocate(GROW, offset, len)).await
     }
 
-    /// Through the page cache the length is enough: the file system finds places when it writes, and better ones. Past the
-    /// cache every write would look for a place itself.
     async fn make_room(&self, offset: u64, len: u64) -> Result<()> {
-        if self.kind != Kind::Regular
-            || !self.access.writable()
-            || !self.can.grow.load(Ordering::Relaxed)
-        {
+        let can = self.kind == Kind::Regular && self.access.writable();
+        if !can || !self.can.grow.load(Ordering::Relaxed) {
             return Err(Errno::ENOTSUP);
         }
-        let end = offset + len;
-        let from =
-            if self.access.how().direct { offset } else { offset.max(end.saturating_sub(BLOCK)) };
-        try_once(&self.can.grow, self.allocate(GROW, from, end - from)).await?;
-        self.grown_to(end);
+        try_once(&self.can.grow, self.allocate(GROW, offset, len)).await?;
+        self.grown_to(offset + len);
         Ok(())
     }
 

@@ -45,6 +45,14 @@ pub enum Blocked {
     },
     /// All cached blocks are dirty or being written: flush first.
     CacheFull,
+    /// The file must have room for a new block, or table, in these clusters before it may be there: else a file system that is
+    /// full would fail every flush, rather than the one request that needs more. See [`Refcounts::set_room`].
+    Room {
+        /// The first cluster.
+        first: u64,
+        /// How many.
+        count: u64,
+    },
     /// No cluster below the limit is free, or the refcount table would be too long.
     NoSpace,
     /// The image contradicts itself.
@@ -91,6 +99,8 @@ pub struct Snapshot {
 pub struct Refcounts {
     g: Geometry,
     limit: u64,
+    /// New blocks and tables may be in clusters before this one.
+    room: u64,
     end: u64,
     table: Reftable,
     blocks: Blocks,
@@ -125,6 +135,7 @@ impl Refcounts {
         Ok(Refcounts {
             g: geometry,
             limit: limit.min(MAX_HOST_OFFSET >> geometry.cluster_bits),
+            room: u64::MAX,
             end,
             table: Reftable::new(geometry, table, first, clusters, end),
             blocks: Blocks::new(&geometry, slots)?,
@@ -308,6 +319,16 @@ impl Refcounts {
     /// One past the highest cluster that was ever handed out or is in the file.
     pub fn end(&self) -> u64 {
         self.end
+    }
+
+    /// New blocks and tables may be in clusters before `end`; at first, anywhere.
+    pub fn set_room(&mut self, end: u64) {
+        self.room = end;
+    }
+
+    /// What [`Refcounts::set_room`] said last.
+    pub fn room(&self) -> u64 {
+        self.room
     }
 
     /// Memory of cached blocks, in bytes.

@@ -115,6 +115,7 @@ impl Refcounts {
             return Err(Blocked::NoSpace);
         }
         self.check_unused(index, 1)?;
+        self.check_room(cluster, 1)?;
         let fresh = cluster >= self.end;
         let slot = self.blocks.make(index, self.offset(cluster), fresh, false)?;
         self.blocks.set(slot, 0, 1);
@@ -122,6 +123,10 @@ impl Refcounts {
         self.end = self.end.max(cluster + 1);
         self.changed(true, cluster, 1);
         Ok(slot)
+    }
+
+    fn check_room(&self, first: u64, count: u64) -> Result<(), Blocked> {
+        if first + count <= self.room { Ok(()) } else { Err(Blocked::Room { first, count }) }
     }
 
     /// No metadata may be where there is no block: its refcount would be 0.
@@ -140,6 +145,7 @@ impl Refcounts {
             return Err(Blocked::CacheFull);
         }
         let count = growth.blocks + growth.clusters;
+        self.check_room(growth.start, count)?;
         let end = growth.start + count;
         self.table.grow(&growth);
         for n in 0..growth.blocks {

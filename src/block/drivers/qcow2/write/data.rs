@@ -57,8 +57,9 @@ impl Image {
                     let n = usize::try_from(len).map_err(|_| Errno::EIO)?;
                     let piece = rest.slice(0, n);
                     done += n;
-                    if done == from.len() && crew.is_idle() {
-                        // The usual case: all of it in one piece.
+                    if n == from.len() {
+                        // The usual case: all of it in one piece. (A last piece is not: the ones before may have failed, and
+                        // must be as stable as this one.)
                         return self.overwrite(w, (host.0, piece), flags, pin).await;
                     }
                     let no_flags = WriteFlags::empty();

@@ -260,13 +260,18 @@ impl Image {
             let meta = &mut *meta;
             meta.streams.close(&mut meta.refcounts);
         }
-        // Each round may free clusters, whose refcounts the next one writes.
-        for _ in 0..4 {
+        // Each round may free clusters, as many as there is room for in the cache, whose refcounts the next one writes. Two
+        // rounds without any progress: somebody still uses the rest.
+        let (mut released, mut idle) = (0, 0);
+        while idle < 2 {
             self.flush_tables().await?;
+            self.reap(w).await;
             let meta = w.lock();
             if meta.limbo.is_empty() && !meta.refcounts.is_dirty() {
                 break;
             }
+            idle = if meta.released == released { idle + 1 } else { 0 };
+            released = meta.released;
         }
         if w.grown.swap(false, Ordering::Relaxed) {
             let end = w.lock().refcounts.end() << self.geometry.cluster_bits;

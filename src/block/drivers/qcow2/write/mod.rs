@@ -145,8 +145,12 @@ impl Writing {
             // Metadata and data share blocks of the medium.
             file.expect_ragged_writes(512);
         }
+        let mut refcounts = refcounts.map_err(no_memory)?;
+        if grows {
+            refcounts.set_room(in_use);
+        }
         let meta = Meta {
-            refcounts: refcounts.map_err(no_memory)?,
+            refcounts,
             streams: Streams::new(bits),
             busy: Busy::default(),
             limbo: Limbo::default(),

@@ -19,6 +19,8 @@ use crate::rt::{self, Buffer};
 /// By how much the file grows at a time: an eighth of its length between these, in bytes.
 const WINDOW_MIN: u64 = 1 << 20;
 const WINDOW_MAX: u64 = 64 << 20;
+/// A file system's block.
+const BLOCK: u64 = 4096;
 /// Who finds no space while others still use clusters that were freed looks again after this time, this many times.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 const LOOKS: u32 = 500;
@@ -32,6 +34,7 @@ impl Image {
         match blocked {
             Blocked::Load { index, offset } => self.load_block(w, index, offset).await,
             Blocked::CacheFull => self.flush_tables().await,
+            Blocked::Room { first, count } => self.room_for_tables(w, first, count).await,
             Blocked::NoSpace => self.make_room(w).await,
             Blocked::Corrupt(damage) => Err(self.fence(w, damage).await),
         }
@@ -71,9 +74,7 @@ impl Image {
         match w.lock().refcounts.load(index, buffer.bytes()) {
             Ok(()) => Ok(()),
             Err(Blocked::Corrupt(damage)) => Err(LoadError::Corrupt(damage)),
-            Err(Blocked::CacheFull | Blocked::NoSpace | Blocked::Load { .. }) => {
-                Err(LoadError::CacheFull)
-            }
+            Err(_) => Err(LoadError::CacheFull),
         }
     }
 
@@ -140,7 +141,7 @@ impl Image {
                     left.next();
                     continue;
                 }
-                Err(Blocked::CacheFull | Blocked::NoSpace) => false,
+                Err(Blocked::CacheFull | Blocked::NoSpace | Blocked::Room { .. }) => false,
             };
             if !again {
                 w.lock().limbo.push_ready(left);
@@ -220,6 +221,36 @@ impl Image {
         }
     }
 
+    /// Sees to it that writing tables to clusters that nobody uses yet will not fail for lack of room.
+    ///
+    /// # Errors
+    /// ENOSPC and others.
+    async fn room_for_tables(&self, w: &Writing, first: u64, count: u64) -> Result<(), Errno> {
+        let end = first + count;
+        let enough = || (w.lock().refcounts.room() >= end).then_some(());
+        let _flight = match w.growth.turn(2, enough).await {
+            Turn::Found(()) => return Ok(()),
+            Turn::Mine(flight) => flight,
+        };
+        let bits = self.geometry.cluster_bits;
+        self.grow_to(w, end << bits).await?;
+        let known = self.room_for(first << bits, count << bits).await?;
+        w.lock().refcounts.set_room(if known { end } else { u64::MAX });
+        Ok(())
+    }
+
+    /// Room on the medium for `[offset, offset + len)` of the file. Whether the file can tell.
+    ///
+    /// # Errors
+    /// ENOSPC and others.
+    pub async fn room_for(&self, offset: u64, len: u64) -> Result<bool, Errno> {
+        match self.file().driver().preallocate(offset, len).await {
+            Ok(()) => Ok(true),
+            Err(Errno::ENOTSUP) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
     /// Makes the file at least `end` bytes long, in large steps: writes inside of a file do not wait for each other.
     ///
     /// # Errors
@@ -239,8 +270,12 @@ impl Image {
         let window = (len / 8).clamp(WINDOW_MIN, WINDOW_MAX);
         let mut result = Ok(());
         for to in [end.max((len + window).next_multiple_of(WINDOW_MIN)), end] {
-            // Changes nothing that is there: tables may be written past the end meanwhile.
-            result = file.driver().preallocate(len, to - len).await;
+            // Through the page cache the length is enough: the file system finds places when it writes, and better ones. Past
+            // the cache every write would look for a place itself. What is there stays: tables may be written past the
+            // end meanwhile.
+            let from =
+                if file.in_force().cache_direct { len } else { len.max(to.saturating_sub(BLOCK)) };
+            result = file.driver().preallocate(from, to - from).await;
             match result {
                 Ok(()) => {
                     w.grown.store(true, Ordering::Relaxed);

@@ -111,7 +111,11 @@ impl Image {
                 return Err(self.overlap(w, table).await);
             }
             let end = table.plus(self.geometry.cluster_size()).0;
-            if let Err(e) = self.grow_to(w, end).await {
+            let room = async {
+                self.grow_to(w, end).await?;
+                self.room_for(table.0, end - table.0).await
+            };
+            if let Err(e) = room.await {
                 w.lock().limbo.push_ready([self.freed_table(table)]);
                 return Err(e);
             }
