@@ -12,7 +12,7 @@ pub type Change = (Field, u64, u64);
 /// Changes some fields, seldom the file's length. Answers the changes: there may be none.
 pub fn mutate(m: &mut Made, e: &mut Entropy) -> Vec<Change> {
     let mut changes = Vec::new();
-    if e.one_in(6) {
+    if e.one_in(3) {
         return changes;
     }
     for _ in 0..=e.below(FIELDS_MAX) {
