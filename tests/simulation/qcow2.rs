@@ -19,7 +19,7 @@ use vhost_user_blk::rt::Buffer;
 use vhost_user_blk::sim::harness::{
     self, CheckFuture, Cuts, Drivers, Failure, Plan, Report, Stage, Subject,
 };
-use vhost_user_blk::sim::{DiskSpec, Request, Rng, Tag, Workload};
+use vhost_user_blk::sim::{DiskSpec, Mix, Request, Rng, Tag, Workload};
 
 /// An image of one seed.
 struct Qcow2 {
@@ -225,4 +225,81 @@ fn a_full_disk() {
     harness::seeds("qcow2 on a full disk", Duration::from_secs(4), |seed| {
         one(seed, full, None, cut)
     });
+}
+
+/// A refcount block for every 64 clusters of 512 bytes: there is a new one with nearly every flush.
+fn growing(setup: &mut Setup, plan: &mut Plan, rng: &mut Rng) {
+    (setup.version, setup.cluster_bits, setup.refcount_bits) = (3, 9, 64);
+    (setup.extended_l2, setup.lazy, setup.preallocated) = (false, false, false);
+    (setup.data_file, setup.backing, setup.snapshot) = (None, None, false);
+    (setup.aged, setup.sectors, setup.device, setup.room) = (rng.below(3), 1024, false, None);
+    let mix = Mix { read: 5, write: 80, write_fua: 5, zeroes: 2, discard: 2, flush: 20 };
+    plan.workload.mix = mix;
+    (plan.workload.operations, plan.workload.longest) = (40, 100);
+    plan.cuts = Cuts::Random(15);
+}
+
+/// So much data that the refcount table, 64 entries for 64 clusters each, becomes too short and moves.
+fn moving(setup: &mut Setup, plan: &mut Plan, rng: &mut Rng) {
+    growing(setup, plan, rng);
+    (setup.sectors, setup.aged) = (6000, 85 + rng.below(20));
+    setup.options.clear();
+    (plan.workload.operations, plan.workload.longest, plan.lives) = (40, 300, 1);
+    plan.workload.hot_spots = 8;
+    plan.cuts = Cuts::Random(10);
+}
+
+/// Where each deliberate mistake is looked for.
+const PLANS: [(Mutation, Shape, Run); 18] = [
+    (Mutation::NoFlushBeforeL2, anything, cut),
+    (Mutation::RefcountsLast, anything, cut),
+    (Mutation::NoFlushBeforeReftable, growing, cut),
+    (Mutation::NoFlushBeforeHeader, moving, cut),
+    (Mutation::NoLastFlush, anything, cut),
+    (Mutation::LiveSlices, anything, cut),
+    (Mutation::FailedFlushForgets, anything, faults),
+    (Mutation::JoinRunningFlush, anything, cut),
+    (Mutation::ReuseBeforeFlush, anything, cut),
+    (Mutation::ReuseInUse, anything, cut),
+    (Mutation::IgnoreBusy, anything, cut),
+    (Mutation::LinkBeforeData, anything, cut),
+    (Mutation::NoCopyOnWrite, anything, cut),
+    (Mutation::NoZeroedTable, anything, cut),
+    (Mutation::NoTableCopy, anything, cut),
+    (Mutation::NoFlushForFua, anything, cut),
+    (Mutation::NoDirtyBit, anything, cut),
+    (Mutation::LinkFailedWrites, anything, faults),
+];
+
+/// Each mistake is found within this many seeds.
+const SEEDS: u64 = 200;
+
+#[test]
+fn every_mistake_is_found() {
+    let only = std::env::var("VUB_MISTAKE").ok();
+    let mut missed = Vec::new();
+    for (mistake, shape, run) in PLANS {
+        if only.as_ref().is_some_and(|name| *name != format!("{mistake:?}")) {
+            continue;
+        }
+        let found =
+            (1..=SEEDS).find_map(|seed| Some((seed, one(seed, shape, Some(mistake), run).err()?)));
+        match found {
+            Some((seed, failure)) => {
+                let what = failure.what.lines().next().unwrap_or_default();
+                println!("{mistake:?}: seed {seed}: {what}");
+            }
+            None => missed.push(mistake),
+        }
+    }
+    assert!(missed.is_empty(), "not found in {SEEDS} seeds: {missed:?}");
+}
+
+/// Without a mistake the same plans pass.
+#[test]
+fn the_same_plans_without_mistakes() {
+    let shapes: [(&str, Shape, Run); 2] = [("growing", growing, cut), ("moving", moving, cut)];
+    for (name, shape, run) in shapes {
+        harness::seeds(name, Duration::from_secs(3), |seed| one(seed, shape, None, run));
+    }
 }

@@ -133,7 +133,8 @@ impl Setup {
             self.preallocated = false;
         }
         let kept = |(name, value): &(&str, Value)| *name == "discard-no-unref" && *value == true;
-        if self.disk.discarded == Discarded::Garbage && self.options.iter().any(kept) {
+        let kept = self.data_file.is_some() || self.options.iter().any(kept);
+        if self.disk.discarded == Discarded::Garbage && kept {
             // The guest's own clusters hold garbage from the discard to the new entry: it has asked for that.
             self.disk.discarded = Discarded::Old;
         }

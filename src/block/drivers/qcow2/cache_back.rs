@@ -42,6 +42,7 @@ impl SliceCache {
         self.lock().dirty > 0
     }
 
+    #[cfg(test)]
     /// The number of slots that cannot make room: dirty, or being written.
     pub fn dirty_count(&self) -> usize {
         self.lock().staying

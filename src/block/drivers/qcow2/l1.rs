@@ -75,7 +75,7 @@ impl L1Table {
 
     /// Makes the table `len` entries long; the new ones are 0. It never becomes shorter.
     ///
-    /// Nothing becomes dirty: who grows a table writes it ([`L1Table::bytes`]) to where there is room for it.
+    /// Nothing becomes dirty: who grows a table writes it to where there is room for it.
     ///
     /// # Errors
     /// EFBIG beyond [`MAX_L1_SIZE`].
@@ -89,6 +89,7 @@ impl L1Table {
     }
 
     /// The whole table as on disk.
+    #[cfg(test)]
     pub fn bytes(&self) -> Vec<u8> {
         self.bytes_of(0, self.len.load(Ordering::Acquire))
     }

@@ -105,7 +105,8 @@ impl Rig {
     }
 
     pub fn open(g: Geometry, disk: Disk, end: u64, limit: u64, slots: usize) -> Rig {
-        let refs = open(&g, &disk, end, limit, slots);
+        let mut refs = open(&g, &disk, end, limit, slots);
+        refs.set_room(end);
         let Found { mut counts, metadata } = found(&g, &disk);
         counts.retain(|cluster, _| !metadata.contains(cluster));
         let told: BTreeSet<u64> = refs.tables().flat_map(|(first, n)| first..first + n).collect();
@@ -135,6 +136,10 @@ impl Rig {
                         Err(Blocked::CacheFull) => self.flush(),
                         other => panic!("{other:?}"),
                     }
+                }
+                Err(Blocked::Room { first, count }) => {
+                    assert!(first + count > self.refs.room(), "room that is known");
+                    self.refs.set_room(first + count);
                 }
                 Err(Blocked::Corrupt(damage)) => panic!("{damage} at end {end}"),
             }

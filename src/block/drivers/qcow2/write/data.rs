@@ -216,11 +216,12 @@ impl Image {
                 Pad::Copy => read.push(range),
             }
         }
-        if let [head, tail] = &read[..]
+        if let [head, tail] = &mut read[..]
             && tail.start - head.end <= (tail.end - tail.start).max(head.end - head.start)
         {
             // One read is cheaper than two.
-            read = vec![head.start..tail.end];
+            head.end = tail.end;
+            read.truncate(1);
         }
         for range in read {
             let skip = usize::try_from(range.start - fill.write.start).map_err(|_| Errno::EIO)?;

@@ -10,7 +10,7 @@
 //! 2. Data, and what was copied around it, reaches the disk before the L2 entry that leads there.
 //! 3. An entry that no longer leads to a cluster reaches the disk before the cluster's refcount drops, before the file is told to
 //!    forget it, and before anybody else may have it ([`super::limbo`]).
-//! 4. An L2 table reaches the disk before the L1 entry that leads there; a refcount block before its entry in the refcount
+//! 4. An L2 table, zeroed or copied whole, reaches the disk before the L1 entry that leads there; a refcount block before its entry in the refcount
 //!    table; a moved refcount table before the header says so.
 //! 5. A guest's flush writes back everything that completed before it came.
 //! 6. The dirty and corrupt bits are stable before anything relies on them; the dirty bit goes last, at the orderly end.
@@ -22,7 +22,7 @@
 //!   copies of all dirty refblocks, slices, L1 sectors, under the Meta lock: one moment
 //!   [lazy: dirty bit, fdatasync]
 //!   refblocks ── fdatasync of file and data file (data too) ── reftable ── fdatasync ── header ── fdatasync
-//!   L2 slices ── fdatasync ── L1 sectors ── fdatasync
+//!   L2 slices, L1 sectors ── fdatasync
 //!   limbo: what lost its entry before that moment has one wait less
 //! ```
 //!
@@ -141,7 +141,7 @@ impl Image {
         if let Some(refcounts) = &copies.refcounts
             && !late
         {
-            self.write_refcounts(w, refcounts).await?;
+            self.write_refcounts(w, refcounts, entries).await?;
         } else if !(entries && broken(Mutation::NoFlushBeforeL2)) {
             self.sync().await?;
         }
@@ -154,35 +154,38 @@ impl Image {
                 Err(e) => crew.failed(e),
             }
         }
+        // An L1 entry was set when its table was complete on disk, by the first fdatasync stably so: it need not wait for slices.
+        let (table, _) = self.l1_place();
+        for (offset, bytes) in &copies.l1 {
+            let at = table.plus(*offset);
+            crew.add(Box::pin(write_bytes(self.file(), at, bytes.clone()))).await;
+        }
         crew.finish().await?;
-        let last = broken(Mutation::NoLastFlush);
-        if !copies.slices.is_empty() && !broken(Mutation::NoFlushBeforeL1) && !last {
+        if entries && !broken(Mutation::NoLastFlush) {
             self.file().submit(Op::Flush).await?;
         }
-        if !copies.l1.is_empty() {
-            let (table, _) = self.l1_place();
-            for (offset, bytes) in &copies.l1 {
-                write_bytes(self.file(), table.plus(*offset), bytes.clone()).await?;
-            }
-            if !last {
-                self.file().submit(Op::Flush).await?;
-            }
-        }
         if late && let Some(refcounts) = &copies.refcounts {
-            self.write_refcounts(w, refcounts).await?;
+            self.write_refcounts(w, refcounts, entries).await?;
         }
         Ok(())
     }
 
     /// Refcount blocks, guest data, the refcount table, the header, in that order; all stable.
-    async fn write_refcounts(&self, w: &Writing, refcounts: &Snapshot) -> Result<(), Errno> {
+    /// `entries` rely on them.
+    async fn write_refcounts(
+        &self,
+        w: &Writing,
+        refcounts: &Snapshot,
+        entries: bool,
+    ) -> Result<(), Errno> {
         let mut crew = Crew::default();
         for (at, bytes) in &refcounts.blocks {
             crew.add(Box::pin(write_bytes(self.file(), *at, bytes.clone()))).await;
         }
         crew.finish().await?;
         let table_first = !refcounts.table.is_empty() && broken(Mutation::NoFlushBeforeReftable);
-        if !broken(Mutation::NoFlushBeforeL2) && !table_first {
+        let too_early = table_first || entries && broken(Mutation::NoFlushBeforeL2);
+        if !too_early {
             self.sync().await?;
         }
         if refcounts.table.is_empty() {
@@ -191,13 +194,11 @@ impl Image {
         for (at, bytes) in &refcounts.table {
             write_bytes(self.file(), *at, bytes.clone()).await?;
         }
-        if refcounts.header.is_none() || !broken(Mutation::NoFlushBeforeHeader) {
-            self.sync().await?;
+        match refcounts.header {
+            // Flushes before and after.
+            Some(bytes) => w.header.set_reftable(self.file(), bytes).await,
+            None => self.sync().await,
         }
-        if let Some(bytes) = refcounts.header {
-            w.header.set_reftable(self.file(), bytes).await?;
-        }
-        Ok(())
     }
 
     /// Everything that was written is stable, guest data too.

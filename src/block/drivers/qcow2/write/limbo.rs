@@ -21,6 +21,7 @@ pub struct Freed {
     pub table: bool,
 }
 
+/// The clusters, and how far their way is.
 #[derive(Default)]
 pub struct Limbo {
     /// With the flush that takes the entry without it to disk, and the time after which nobody uses it.

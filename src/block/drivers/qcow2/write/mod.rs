@@ -78,6 +78,7 @@ pub struct Writing {
     growth: Flights,
     /// The file cannot be made longer in advance: writes do so.
     no_windows: AtomicBool,
+    /// When does nobody use a freed cluster any more.
     pub grace: Arc<Domain>,
     upkeep: Arc<Upkeep>,
     /// Something in memory must be written for the image on disk to be what the guest sees.
@@ -94,6 +95,7 @@ pub struct Writing {
     dirty_bit: AtomicBool,
     /// The image contradicts itself: nobody may use it any more.
     fenced: AtomicBool,
+    /// Writes fields of the header.
     pub header: HeaderIo,
 }
 

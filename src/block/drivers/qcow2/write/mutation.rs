@@ -9,8 +9,6 @@ pub enum Mutation {
     NoFlushBeforeL2,
     /// Refcounts are written after the entries that rely on them.
     RefcountsLast,
-    /// L1 entries are written without waiting for L2 tables to be stable.
-    NoFlushBeforeL1,
     /// The refcount table is written without waiting for its blocks to be stable.
     NoFlushBeforeReftable,
     /// The header is switched to a moved refcount table that is not stable.
@@ -57,10 +55,9 @@ mod switch {
 
     impl Mutation {
         /// All of them.
-        pub const ALL: [Mutation; 19] = [
+        pub const ALL: [Mutation; 18] = [
             Mutation::NoFlushBeforeL2,
             Mutation::RefcountsLast,
-            Mutation::NoFlushBeforeL1,
             Mutation::NoFlushBeforeReftable,
             Mutation::NoFlushBeforeHeader,
             Mutation::NoLastFlush,

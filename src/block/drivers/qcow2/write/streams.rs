@@ -78,7 +78,7 @@ impl Streams {
         guest: u64,
         count: u64,
     ) -> Result<Run, Blocked> {
-        if let Some(run) = self.from_window(refcounts, guest, count)? {
+        if let Some(run) = self.take_from_window(refcounts, guest, count)? {
             self.went_on(guest, run.count);
             return Ok(run);
         }
@@ -89,7 +89,7 @@ impl Streams {
                 self.close_oldest(refcounts);
             }
             self.windows.push_back(Window::new(guest, &run));
-            if let Some(run) = self.from_window(refcounts, guest, count)? {
+            if let Some(run) = self.take_from_window(refcounts, guest, count)? {
                 self.went_on(guest, run.count);
                 return Ok(run);
             }
@@ -101,7 +101,7 @@ impl Streams {
         Ok(run)
     }
 
-    fn from_window(
+    fn take_from_window(
         &mut self,
         refcounts: &mut Refcounts,
         guest: u64,
