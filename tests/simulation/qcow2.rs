@@ -256,8 +256,27 @@ fn moving(setup: &mut Setup, plan: &mut Plan, rng: &mut Rng) {
     plan.cuts = Cuts::Random(10);
 }
 
+/// With an external data file.
+fn external(setup: &mut Setup, _: &mut Plan, rng: &mut Rng) {
+    (setup.version, setup.data_file) = (3, Some(rng.chance(1, 2)));
+}
+
+/// Many writes that must be stable.
+fn stable(_: &mut Setup, plan: &mut Plan, _: &mut Rng) {
+    plan.workload.mix = Mix { write_fua: 50, flush: 3, ..Mix::default() };
+    plan.workload.hot_spots = 1;
+}
+
+/// What is freed is soon used again.
+fn crowded(setup: &mut Setup, plan: &mut Plan, rng: &mut Rng) {
+    full(setup, plan, rng);
+    setup.device = false;
+    setup.room = Some(setup.cluster() * (20 + rng.below(20)) + (64 << 10));
+    plan.workload.mix.flush = 25;
+}
+
 /// Where each deliberate mistake is looked for.
-const PLANS: [(Mutation, Shape, Run); 18] = [
+const PLANS: [(Mutation, Shape, Run); 21] = [
     (Mutation::NoFlushBeforeL2, anything, cut),
     (Mutation::RefcountsLast, anything, cut),
     (Mutation::NoFlushBeforeReftable, growing, cut),
@@ -276,6 +295,9 @@ const PLANS: [(Mutation, Shape, Run); 18] = [
     (Mutation::NoFlushForFua, anything, cut),
     (Mutation::NoDirtyBit, anything, cut),
     (Mutation::LinkFailedWrites, anything, faults),
+    (Mutation::NoDataFileFlush, external, cut),
+    (Mutation::FuaOfDataOnly, stable, cut),
+    (Mutation::FreedByRunningFlush, crowded, cut),
 ];
 
 /// Each mistake is found within this many seeds.
