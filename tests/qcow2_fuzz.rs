@@ -12,6 +12,7 @@ mod memory;
 
 use std::time::{Duration, Instant};
 
+use vhost_user_blk::block::drivers::qcow2::write::mutation::{self, Mutation};
 use vhost_user_blk::sim::Rng;
 
 /// Bytes of entropy of a run: more than most of them use.
@@ -32,13 +33,16 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|n| n.parse().expect("a number"))
 }
 
+fn entropy(seed: u64) -> Vec<u8> {
+    let mut rng = Rng::new(seed);
+    (0..ENTROPY).map(|_| rng.next_u64() as u8).collect()
+}
+
 /// Runs `target` for `count` seeds.
 fn seeds(name: &'static str, count: u64, target: fn(&[u8])) {
     let one = |seed| {
         let _told = Seed(name, seed);
-        let mut rng = Rng::new(seed);
-        let bytes: Vec<u8> = (0..ENTROPY).map(|_| rng.next_u64() as u8).collect();
-        memory::assert_bounded(|| target(&bytes));
+        memory::assert_bounded(|| target(&entropy(seed)));
     };
     if let Some(seed) = number("VUB_FUZZ_SEED") {
         return one(seed);
@@ -55,7 +59,7 @@ fn seeds(name: &'static str, count: u64, target: fn(&[u8])) {
 
 #[test]
 fn opening() {
-    seeds("qcow2_open", 400, fuzz::open);
+    seeds("qcow2_open", 500, fuzz::open);
 }
 
 #[test]
@@ -65,5 +69,25 @@ fn reading() {
 
 #[test]
 fn writing() {
-    seeds("qcow2_write", 250, fuzz::write);
+    seeds("qcow2_write", 600, fuzz::write);
+}
+
+/// That nothing is found means something: deliberate mistakes of the driver are.
+#[test]
+fn mistakes_are_found() {
+    let mistakes = [
+        Mutation::NoCopyOnWrite,
+        Mutation::NoTableCopy,
+        Mutation::IgnoreBusy,
+        Mutation::LinkFailedWrites,
+        Mutation::LinkBeforeData,
+    ];
+    for mistake in mistakes {
+        mutation::set(Some(mistake));
+        let fails = |seed: &u64| std::panic::catch_unwind(|| fuzz::write(&entropy(*seed))).is_err();
+        let found = (1..=300).find(fails);
+        mutation::set(None);
+        println!("{mistake:?}: {found:?}");
+        assert!(found.is_some(), "{mistake:?}");
+    }
 }

@@ -10,7 +10,7 @@ use vhost_user_blk::block::perm::{Perm, Perms};
 use vhost_user_blk::block::{Graph, Node, RootUser};
 use vhost_user_blk::error::{Errno, Result};
 use vhost_user_blk::sim::harness::Drivers;
-use vhost_user_blk::sim::{DiskSpec, Pages, SIM_DISK, Sim};
+use vhost_user_blk::sim::{DiskSpec, FlushFailure, Pages, SIM_DISK, Sim};
 
 use super::image::Made;
 
@@ -30,8 +30,9 @@ impl Bed {
     /// `capacity`: how long the image file can get.
     pub fn new(seed: u64, m: &Made, capacity: Option<u64>) -> Bed {
         let sim = Sim::new(seed);
-        let mut spec = DiskSpec::file("image", Pages::from_bytes(&m.file));
+        let mut spec = DiskSpec::file("image", image_of(m));
         spec.options.capacity = capacity.unwrap_or(CAPACITY);
+        spec.options.flush_failure = FlushFailure::Retry;
         sim.add_disk(spec);
         sim.add_disk(DiskSpec::file("data", Pages::from_bytes(&m.data)));
         sim.add_disk(DiskSpec::file("backing", Pages::from_bytes(&m.backing)));
@@ -98,6 +99,13 @@ impl Bed {
         let requests: u64 = self.sim.counts("image").iter().sum();
         assert!(requests < REQUESTS_MAX, "{requests} requests to the image file");
     }
+}
+
+/// The image file.
+pub fn image_of(m: &Made) -> Pages {
+    let mut pages = Pages::from_bytes(&m.file);
+    pages.set_len(m.len.max(m.file.len() as u64));
+    pages
 }
 
 /// The first things that a check said.

@@ -117,6 +117,8 @@ impl Shape {
 pub struct Made {
     pub shape: Shape,
     pub file: Vec<u8>,
+    /// The image file's length in bytes, if it is longer than `file`: zeroes.
+    pub len: u64,
     pub data: Vec<u8>,
     pub backing: Vec<u8>,
     /// What the guest sees.
@@ -172,6 +174,7 @@ pub fn make(shape: Shape, e: &mut Entropy) -> Made {
     let m = Made {
         shape,
         file: Vec::new(),
+        len: 0,
         data,
         backing,
         content,
@@ -332,7 +335,7 @@ impl Builder<'_, '_> {
         let references = 1 + u64::from(shared);
         // 0 at first: the beginning of a cluster, whose end is not known.
         let mut at = self.compressed;
-        let inside = at % s.cluster() > 0 && at % s.cluster() + len <= s.cluster();
+        let inside = !at.is_multiple_of(s.cluster()) && at % s.cluster() + len <= s.cluster();
         if inside && self.room(at) {
             *self.count(at) += references;
         } else {
@@ -403,7 +406,7 @@ impl Builder<'_, '_> {
     /// Refcount table and blocks for everything, themselves included.
     fn refcounts(&mut self) -> (u64, u64) {
         let s = self.m.shape;
-        let per_block = s.cluster() * 8 >> s.refcount_order;
+        let per_block = (s.cluster() * 8) >> s.refcount_order;
         let clusters = 1 + self.e.below(2);
         let reftable = self.allocate(clusters);
         self.words(reftable, clusters * s.cluster() / 8, Kind::Reftable);

@@ -12,7 +12,7 @@ pub type Change = (Field, u64, u64);
 /// Changes some fields, seldom the file's length. Answers the changes: there may be none.
 pub fn mutate(m: &mut Made, e: &mut Entropy) -> Vec<Change> {
     let mut changes = Vec::new();
-    if e.one_in(6) {
+    if e.one_in(3) {
         return changes;
     }
     for _ in 0..=e.below(FIELDS_MAX) {
@@ -38,18 +38,20 @@ pub fn mutate(m: &mut Made, e: &mut Entropy) -> Vec<Change> {
         m.put(field.at, field.width, value);
         changes.push((field, old, value));
     }
-    let old = m.file.len();
+    let old = m.file.len() as u64;
     match e.byte() {
         0xfe => {
             let len = e.below(m.file.len() as u64).max(200);
             m.file.truncate(len as usize);
         }
         0xff => m.file.resize(m.file.len() + 3000, 0),
+        // Tables of any length fit into it.
+        0xf0..=0xfd => m.len = 1 << (20 + e.below(24)),
         _ => {}
     }
-    if m.file.len() != old {
-        let field = Field { at: old, width: 0, kind: Kind::Header };
-        changes.push((field, old as u64, m.file.len() as u64));
+    let new = m.len.max(m.file.len() as u64);
+    if new != old {
+        changes.push((Field { at: 0, width: 0, kind: Kind::Header }, old, new));
     }
     changes
 }
@@ -83,8 +85,15 @@ fn value(m: &Made, field: Field, e: &mut Entropy) -> u64 {
             let other = e.pick(&m.of(field.kind));
             m.get(other)
         }
+        _ if field.kind == Kind::Header && e.byte() & 1 == 0 => limit(m, e),
         _ => old | flags(e),
     }
+}
+
+/// QEMU's limits of tables: entries of the L1 table, clusters of the refcount table, snapshots, bitmaps; about.
+fn limit(m: &Made, e: &mut Entropy) -> u64 {
+    let limits = [4 << 20, (8 << 20) >> m.shape.cluster_bits, 65536, 65535, 1024 * 65535];
+    e.pick(&limits) + e.pick(&[0, 0, 1])
 }
 
 fn flags(e: &mut Entropy) -> u64 {

@@ -92,7 +92,7 @@ fn discarded_table(to: u64) {
         vec![Step::Write(all, false)],
     ];
     work(&bed, json!({}), &steps, blind(Shape::PLAIN.size));
-    assert_tables_are_tables(&bed.sim.image("image").to_vec());
+    assert_tables_are_tables(&bed.sim.image("image"));
 }
 
 #[test]
@@ -123,5 +123,5 @@ fn a_table_that_another_entry_leads_to_stays_a_table() {
         vec![Step::Write(0..part, false)],
     ];
     work(&bed, json!({}), &steps, blind(Shape::PLAIN.size));
-    assert_tables_are_tables(&bed.sim.image("image").to_vec());
+    assert_tables_are_tables(&bed.sim.image("image"));
 }

@@ -73,6 +73,11 @@ impl Limbo {
         taken
     }
 
+    /// How many are on their way.
+    pub fn len(&self) -> usize {
+        self.waiting.len() + self.ready.len()
+    }
+
     /// Whether anything is on its way.
     pub fn is_empty(&self) -> bool {
         self.waiting.is_empty() && self.ready.is_empty()

@@ -163,8 +163,10 @@ impl Streams {
     }
 
     fn close_oldest(&mut self, refcounts: &mut Refcounts) {
-        if let Some(w) = self.windows.pop_front() {
-            refcounts.unreserve(w.host, w.len);
+        let Some(w) = self.windows.pop_front() else { return };
+        // Only what has not been taken: that may belong to somebody else by now.
+        for at in (0..w.len).filter(|at| w.is_free(*at)) {
+            refcounts.unreserve(w.host + at, 1);
         }
     }
 
