@@ -97,7 +97,7 @@ impl Image {
     ) -> Result<(), Errno> {
         let fua = flags.contains(WriteFlags::FUA);
         // The entry itself may not be on disk yet: then a flush of everything is needed.
-        let alone = fua && w.is_stable();
+        let alone = fua && (w.is_stable() || broken(Mutation::FuaOfDataOnly));
         let flags = if alone { flags } else { flags - WriteFlags::FUA };
         self.data().submit(Op::Write { offset: host, from, flags }).await?;
         self.stable(fua && !alone).await

@@ -204,7 +204,7 @@ impl Image {
 
     /// Everything that was written is stable, guest data too.
     async fn sync(&self) -> Result<(), Errno> {
-        if self.geometry.data_file {
+        if self.geometry.data_file && !broken(Mutation::NoDataFileFlush) {
             self.data().submit(Op::Flush).await?;
         }
         self.file().submit(Op::Flush).await
