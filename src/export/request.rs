@@ -291,7 +291,11 @@ impl Slow {
     /// The memory it may need for bounce buffers and the like, in bytes: workers bound the sum.
     pub fn weight(&self) -> u64 {
         match self.action {
-            Action::Transfer { .. } => bytes(&self.iov).min(BOUNCE_MAX),
+            // What is around the data in a format's cluster may have to be copied.
+            Action::Transfer { write, .. } => {
+                let cluster = u64::from(self.root.driver().limits().opt_transfer);
+                bytes(&self.iov).min(BOUNCE_MAX) + if write { 2 * cluster } else { 0 }
+            }
             Action::Ranges { .. } => BOUNCE_MAX,
             Action::Flush | Action::Finished(_) => 0,
         }

@@ -257,7 +257,16 @@ impl State {
         }
         let slow = self.rng.chance(1, 8);
         let waker = waker.clone();
-        self.pending.push(Pending { id, disk, change, fault, chosen: false, range: work.range(), slow, waker });
+        self.pending.push(Pending {
+            id,
+            disk,
+            change,
+            fault,
+            chosen: false,
+            range: work.range(),
+            slow,
+            waker,
+        });
         id
     }
 

@@ -140,6 +140,7 @@ fn prepared(seed: u64, shape: Shape) -> (Setup, Plan) {
     plan.cuts = Cuts::Random(6);
     shape(&mut setup, &mut plan, &mut rng);
     let setup = setup.consistent();
+    plan.workload.cluster = setup.cluster() / 512;
     plan.workload.sectors = setup.sectors;
     plan.workload.discard_zeroes = setup.discard_zeroes();
     (setup, plan)
@@ -249,15 +250,37 @@ fn growing(setup: &mut Setup, plan: &mut Plan, rng: &mut Rng) {
 /// So much data that the refcount table, 64 entries for 64 clusters each, becomes too short and moves.
 fn moving(setup: &mut Setup, plan: &mut Plan, rng: &mut Rng) {
     growing(setup, plan, rng);
-    (setup.sectors, setup.aged) = (6000, 85 + rng.below(20));
+    // 4096 clusters, less those of refcount blocks and L2 tables.
+    (setup.sectors, setup.aged, setup.filled) = (6000, 500, Some(3900 - rng.below(50)));
     setup.options.clear();
-    (plan.workload.operations, plan.workload.longest, plan.lives) = (40, 300, 1);
+    (plan.workload.operations, plan.workload.longest, plan.lives) = (6, 200, 1);
     plan.workload.hot_spots = 8;
-    plan.cuts = Cuts::Random(10);
+    (plan.cuts, plan.outcomes) = (Cuts::Every(2), 5);
+    (plan.workload.queues, plan.workload.depth) = (1, 2);
+    plan.workload.mix = Mix { read: 0, write: 50, write_fua: 0, zeroes: 0, discard: 0, flush: 40 };
+}
+
+/// With an external data file.
+fn external(setup: &mut Setup, _: &mut Plan, rng: &mut Rng) {
+    (setup.version, setup.data_file) = (3, Some(rng.chance(1, 2)));
+}
+
+/// Many writes that must be stable.
+fn stable(_: &mut Setup, plan: &mut Plan, _: &mut Rng) {
+    plan.workload.mix = Mix { write_fua: 50, flush: 3, ..Mix::default() };
+    plan.workload.hot_spots = 1;
+}
+
+/// What is freed is soon used again.
+fn crowded(setup: &mut Setup, plan: &mut Plan, rng: &mut Rng) {
+    full(setup, plan, rng);
+    setup.device = false;
+    setup.room = Some(setup.cluster() * (20 + rng.below(20)) + (64 << 10));
+    plan.workload.mix.flush = 25;
 }
 
 /// Where each deliberate mistake is looked for.
-const PLANS: [(Mutation, Shape, Run); 18] = [
+const PLANS: [(Mutation, Shape, Run); 21] = [
     (Mutation::NoFlushBeforeL2, anything, cut),
     (Mutation::RefcountsLast, anything, cut),
     (Mutation::NoFlushBeforeReftable, growing, cut),
@@ -276,6 +299,9 @@ const PLANS: [(Mutation, Shape, Run); 18] = [
     (Mutation::NoFlushForFua, anything, cut),
     (Mutation::NoDirtyBit, anything, cut),
     (Mutation::LinkFailedWrites, anything, faults),
+    (Mutation::NoDataFileFlush, external, cut),
+    (Mutation::FuaOfDataOnly, stable, cut),
+    (Mutation::FreedByRunningFlush, crowded, cut),
 ];
 
 /// Each mistake is found within this many seeds.
@@ -305,8 +331,14 @@ fn every_mistake_is_found() {
 /// Without a mistake the same plans pass.
 #[test]
 fn the_same_plans_without_mistakes() {
-    let shapes: [(&str, Shape, Run); 2] = [("growing", growing, cut), ("moving", moving, cut)];
+    let shapes: [(&str, Shape, Run); 5] = [
+        ("growing", growing, cut),
+        ("moving", moving, cut),
+        ("external", external, cut),
+        ("stable", stable, cut),
+        ("crowded", crowded, cut),
+    ];
     for (name, shape, run) in shapes {
-        harness::seeds(name, Duration::from_secs(3), |seed| one(seed, shape, None, run));
+        harness::seeds(name, Duration::from_secs(2), |seed| one(seed, shape, None, run));
     }
 }

@@ -45,6 +45,8 @@ pub struct Setup {
     pub snapshot: bool,
     /// So many writes are in it from the start.
     pub aged: u64,
+    /// But no more, once so many sectors hold data.
+    pub filled: Option<u64>,
     pub sectors: u64,
     /// The disk with the image: an odd size is a device.
     pub disk: DiskOptions,
@@ -75,6 +77,7 @@ impl Setup {
             backing: None,
             snapshot: false,
             aged: if rng.chance(2, 3) { rng.below(40) } else { 0 },
+            filled: None,
             sectors: size / SECTOR + if rng.chance(1, 3) { rng.below(64) } else { 0 },
             disk: DiskOptions {
                 request_align: [1, 512, 4096][rng.index(3)],
@@ -219,10 +222,10 @@ impl Setup {
                 format(&sim, "backing", &options)?;
                 let node =
                     json!({"driver": "qcow2", "file": {"driver": "sim-disk", "disk": "backing"}});
-                age(&sim, &node, (sectors, 60), &mut rng, &mut behind, false)?;
+                age(&sim, &node, (sectors, 60, None), &mut rng, &mut behind, false)?;
             } else {
                 let node = json!({"driver": "sim-disk", "disk": "backing"});
-                age(&sim, &node, (sectors, 60), &mut rng, &mut behind, false)?;
+                age(&sim, &node, (sectors, 60, None), &mut rng, &mut behind, false)?;
             }
             content.extend(behind.into_iter().filter(|(sector, _)| *sector < self.sectors));
             specs.push(DiskSpec { image: sim.image("backing"), ..spec("backing", 0) });
@@ -245,14 +248,14 @@ impl Setup {
         }
         sim.add_disk(image.clone());
         format(&sim, "image", &self.create_options())?;
-        age(&sim, &self.node(), (self.sectors, self.aged), &mut rng, &mut content, true)?;
+        age(&sim, &self.node(), (self.sectors, self.aged, self.filled), &mut rng, &mut content, true)?;
         let mut frozen = None;
         if self.snapshot {
             snapshot(&sim)?;
             frozen = Some(
                 sim.run(frozen_content(file_node(&sim, "image")?)).map_err(|e| e.to_string())??,
             );
-            age(&sim, &self.node(), (self.sectors, self.aged / 4), &mut rng, &mut content, true)?;
+            age(&sim, &self.node(), (self.sectors, self.aged / 4, None), &mut rng, &mut content, true)?;
         }
         image.image = sim.image("image");
         if !self.device {
@@ -304,7 +307,7 @@ fn format(sim: &Sim, disk: &str, options: &CreateOptions) -> Result<(), String> 
 fn age(
     sim: &Sim,
     node: &Value,
-    (sectors, operations): (u64, u64),
+    (sectors, operations, filled): (u64, u64, Option<u64>),
     rng: &mut Rng,
     content: &mut HashMap<u64, Tag>,
     zeroes: bool,
@@ -331,6 +334,10 @@ fn age(
                 .await
                 .map_err(|e| format!("ageing, operation {n}, {start}+{len}: {e}"))?;
             content.extend((start..start + len).map(|sector| (sector, tag)));
+            let data = content.values().filter(|tag| **tag != Tag::ZERO).count() as u64;
+            if filled.is_some_and(|most| data >= most) {
+                break;
+            }
         }
         node.close().await.map_err(|e| format!("closing after ageing: {e}"))
     };

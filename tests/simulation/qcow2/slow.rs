@@ -96,7 +96,8 @@ async fn slow(node: Arc<Node>, grace: Arc<Domain>, how: Slow) -> Result<Tag, Str
             node.submit(op(0)).await
         }
         Slow::FastRead | Slow::FastWrite => {
-            let (leaf, at, _) = node.locate_leaf(dir, 0, CLUSTER, &SIM_DISK).ok_or("no fast lane")?;
+            let (leaf, at, _) =
+                node.locate_leaf(dir, 0, CLUSTER, &SIM_DISK).ok_or("no fast lane")?;
             leaf.driver().submit(op(at)).await
         }
     };
@@ -150,7 +151,10 @@ fn scenario(seed: u64, how: Slow) -> Result<(), Stuck> {
             write(&node, cluster, Tag(cluster)).await.unwrap();
         }
         let place = |cluster| node.locate_leaf(Dir::Read, cluster * CLUSTER, CLUSTER, &SIM_DISK);
-        assert!(later.iter().any(|c| place(*c).is_some_and(|(_, at, _)| at == host)), "never used again");
+        assert!(
+            later.iter().any(|c| place(*c).is_some_and(|(_, at, _)| at == host)),
+            "never used again"
+        );
         assert_eq!(read(&node, 0).await, Ok(Tag::ZERO));
         for cluster in OTHERS {
             assert_eq!(read(&node, cluster + 2).await, Ok(Tag(cluster)));

@@ -14,6 +14,7 @@ use super::check::Disk;
 use super::flight::{Flight, Flights, Turn};
 use super::header::{Autoclear, Header, Incompatible};
 use super::layout::HostOffset;
+use super::write::mutation::{Mutation, broken};
 use crate::block::Node;
 use crate::error::Errno;
 
@@ -147,7 +148,9 @@ impl HeaderIo {
 
     async fn put(&self, file: &Node, at: u64, field: &[u8]) -> Result<(), Errno> {
         let _turn = self.turn().await;
-        Disk::new(file).flush().await?;
+        if !broken(Mutation::NoFlushBeforeHeader) {
+            Disk::new(file).flush().await?;
+        }
         Disk::new(file).write(at, field).await?;
         Disk::new(file).flush().await
     }

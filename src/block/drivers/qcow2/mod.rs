@@ -129,6 +129,9 @@ impl Image {
     async fn change(&self, op: Op<'_>) -> Result<(), Errno> {
         // The generic layer lets nobody change a read-only node.
         let Some(w) = &self.writing else { return Err(Errno::EPERM) };
+        if let Some(host) = w.entangled() {
+            return Err(self.overlap(w, host).await);
+        }
         match op {
             Op::Write { offset, from, flags } => self.write(w, offset, from, flags).await,
             Op::WriteZeroes { offset, len, flags } => {

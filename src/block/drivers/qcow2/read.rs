@@ -160,6 +160,9 @@ impl Image {
     /// Fast lane for writes: what may be overwritten where it is.
     pub fn map_write(&self, offset: u64, len: u64) -> Map<'_> {
         let Some(w) = &self.writing else { return Map::Slow };
+        if w.entangled().is_some() {
+            return Map::Slow;
+        }
         match self.in_place(w, GuestOffset(offset), len) {
             Some((HostOffset(at), n)) if n == len => within(self.data(), at, len),
             _ => Map::Slow,

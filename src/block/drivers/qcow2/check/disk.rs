@@ -99,6 +99,11 @@ impl<'a> Disk<'a> {
         let buffer = Buffer::new(usize::try_from(align).unwrap_or(ALIGN), ALIGN);
         let iov = [buffer.iovec()];
         let (offset, flags) = (end - align, WriteFlags::empty());
+        if offset < self.len() {
+            // The file ends within this block: what is there stays. Past the end it reads as zeroes.
+            let to = Sg::new(&iov);
+            self.file.driver().submit(Op::Read { offset, to }).await?;
+        }
         self.file.driver().submit(Op::Write { offset, from: Sg::new(&iov), flags }).await?;
         if end > self.len() { Err(Errno::ENOSPC) } else { Ok(()) }
     }

@@ -41,6 +41,7 @@ pub enum Turn<'a> {
 /// A round under way.
 pub struct Round<'a> {
     commit: &'a Commit,
+    cancelled: bool,
     result: Result<(), Errno>,
 }
 
@@ -59,9 +60,15 @@ impl Commit {
             if !s.running {
                 s.running = true;
                 s.begun += 1;
-                return Poll::Ready(Turn::Lead(Round { commit: self, result: Err(Errno::EIO) }));
+                return Poll::Ready(Turn::Lead(Round {
+                    commit: self,
+                    cancelled: false,
+                    result: Err(Errno::EIO),
+                }));
             }
-            s.waiting.push(cx.waker().clone());
+            if !s.waiting.iter().any(|w| w.will_wake(cx.waker())) {
+                s.waiting.push(cx.waker().clone());
+            }
             Poll::Pending
         })
         .await
@@ -79,12 +86,23 @@ impl Round<'_> {
     }
 }
 
+impl Round<'_> {
+    /// It was none: whoever waits takes the next turn.
+    pub fn cancel(mut self) {
+        self.cancelled = true;
+    }
+}
+
 impl Drop for Round<'_> {
     fn drop(&mut self) {
         let mut s = self.commit.lock();
         s.running = false;
-        s.ended = s.begun;
-        s.last = self.result;
+        if self.cancelled {
+            s.begun -= 1;
+        } else {
+            s.ended = s.begun;
+            s.last = self.result;
+        }
         let waiting = std::mem::take(&mut s.waiting);
         drop(s);
         waiting.into_iter().for_each(Waker::wake);

@@ -65,7 +65,8 @@ impl Image {
                     let no_flags = WriteFlags::empty();
                     crew.add(Box::pin(self.overwrite(w, (host.0, piece), no_flags, pin))).await;
                 }
-                Ok((Plan::Fill(fill), _)) => {
+                Ok((Plan::Fill(fill), pin)) => {
+                    drop(pin);
                     let n =
                         usize::try_from(fill.data.end - fill.data.start).map_err(|_| Errno::EIO)?;
                     done += n;
@@ -96,7 +97,7 @@ impl Image {
     ) -> Result<(), Errno> {
         let fua = flags.contains(WriteFlags::FUA);
         // The entry itself may not be on disk yet: then a flush of everything is needed.
-        let alone = fua && w.is_stable();
+        let alone = fua && (w.is_stable() || broken(Mutation::FuaOfDataOnly));
         let flags = if alone { flags } else { flags - WriteFlags::FUA };
         self.data().submit(Op::Write { offset: host, from, flags }).await?;
         self.stable(fua && !alone).await
@@ -186,8 +187,10 @@ impl Image {
             at = fill.write.start;
         }
         iov.extend(from.iter());
-        if fill.tail != Pad::Nothing {
-            iov.extend(part(fill.data.end, fill.write.end));
+        // Nobody sees what is behind the disk's end; a data file may end there.
+        let end = fill.write.end.min(fill.data.end.max(self.len()));
+        if fill.tail != Pad::Nothing && end > fill.data.end {
+            iov.extend(part(fill.data.end, end));
         }
         let offset = host + (at - fill.write.start);
         debug_assert!(Sg::new(&iov).len() as u64 <= len, "a fill writes no more than it said");
@@ -240,7 +243,7 @@ impl Image {
             let mut meta = w.lock();
             self.touch(w);
             if self.cache.store(slice, index, &fill.entries) {
-                Self::let_go(w, &mut meta, &fill.freed);
+                self.let_go(w, &mut meta, &fill.freed);
                 let waiting = meta.busy.end(fill.first);
                 drop(meta);
                 waiting.into_iter().for_each(std::task::Waker::wake);

@@ -93,6 +93,7 @@ impl Image {
             return Err(Errno::EIO);
         }
         let too = w.refcounts_too.swap(false, Ordering::Relaxed);
+        w.hurry.store(false, Ordering::Relaxed);
         if w.is_stable() && !too {
             return self.sync().await;
         }
@@ -203,7 +204,7 @@ impl Image {
 
     /// Everything that was written is stable, guest data too.
     async fn sync(&self) -> Result<(), Errno> {
-        if self.geometry.data_file {
+        if self.geometry.data_file && !broken(Mutation::NoDataFileFlush) {
             self.data().submit(Op::Flush).await?;
         }
         self.file().submit(Op::Flush).await
@@ -274,8 +275,10 @@ impl Image {
             idle = if meta.released == released { idle + 1 } else { 0 };
             released = meta.released;
         }
-        if w.grown.swap(false, Ordering::Relaxed) {
+        let grown_from = w.grown_from.swap(u64::MAX, Ordering::Relaxed);
+        if grown_from != u64::MAX {
             let end = w.lock().refcounts.end() << self.geometry.cluster_bits;
+            let end = end.max(grown_from);
             if end < self.file().len() {
                 // What is left over harms nobody.
                 let _ = self.file().truncate(end).await;

@@ -37,7 +37,8 @@ pub struct Limbo {
 impl Limbo {
     /// A reference that an entry in memory has just lost; `tag` was taken after that.
     pub fn push(&mut self, freed: Freed, tag: Tag) {
-        self.waiting.push_back((self.generation, tag, freed));
+        let early = u64::from(broken(Mutation::FreedByRunningFlush));
+        self.waiting.push_back((self.generation.saturating_sub(early), tag, freed));
     }
 
     /// References that nobody has ever seen, or whose wait is over.
@@ -70,6 +71,11 @@ impl Limbo {
             self.waiting.pop_front();
         }
         taken
+    }
+
+    /// How many are on their way.
+    pub fn len(&self) -> usize {
+        self.waiting.len() + self.ready.len()
     }
 
     /// Whether anything is on its way.

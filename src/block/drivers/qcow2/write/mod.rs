@@ -33,7 +33,7 @@ mod table;
 mod zero;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -41,7 +41,7 @@ use super::Image;
 use super::flight::Flights;
 use super::header::Header;
 use super::header_io::HeaderIo;
-use super::layout::MAX_HOST_OFFSET;
+use super::layout::{HostOffset, MAX_HOST_OFFSET};
 use super::opened::ForWriting;
 use super::options::{Choices, Overlap};
 use super::refcount::Refcounts;
@@ -59,6 +59,8 @@ use streams::Streams;
 /// How long entries stay in memory only, at most, unless the guest flushes before.
 pub const WRITE_BACK_AFTER: Duration = Duration::from_secs(5);
 
+/// With more freed clusters than this on their way a flush does not wait for its time.
+const LIMBO_MAX: usize = 1 << 16;
 /// The map of metadata has room for this many times the clusters of the file, or of the disk, at least for this many more; a bit
 /// of address space for each.
 const TABLES_FOR: u64 = 8;
@@ -83,10 +85,14 @@ pub struct Writing {
     upkeep: Arc<Upkeep>,
     /// Something in memory must be written for the image on disk to be what the guest sees.
     dirty: AtomicBool,
+    /// Metadata that is two things at once, if any: nothing may be changed.
+    entangled: Option<HostOffset>,
+    /// A flush was asked for because of the number of freed clusters.
+    hurry: AtomicBool,
     /// The host has no room: no clusters are set aside, the lowest free ones are taken.
     tight: AtomicBool,
-    /// The file was made longer in advance: cut at the end.
-    grown: AtomicBool,
+    /// The length of the file before it was made longer in advance for the first time: what is left over is cut off at the end.
+    grown_from: AtomicU64,
     /// Metadata that never moves: snapshots, bitmaps.
     other_tables: Vec<(Range<u64>, Overlap)>,
     /// The next flush writes refcounts, lazy or not.
@@ -105,6 +111,8 @@ pub struct Meta {
     streams: Streams,
     busy: Busy,
     limbo: Limbo,
+    /// References that somebody is releasing now.
+    releasing: usize,
     /// References released so far: who waits for space looks whether it grows.
     released: u64,
 }
@@ -140,13 +148,16 @@ impl Writing {
         let most = in_use.max(geometry.clusters_for(header.size)).saturating_mul(TABLES_FOR);
         let tables = Tables::new(most.saturating_add(TABLES_MIN).min(MAX_HOST_OFFSET >> bits));
         let tables = tables.map_err(no_memory)?;
-        for (range, _) in &found.tables {
-            tables.add(range.start, range.end - range.start);
+        let mut entangled = None;
+        for (Range { start, end }, kind) in &found.tables {
+            // Snapshots share L2 tables with the active L1 table.
+            if tables.holds(*start, end - start) && *kind != Overlap::INACTIVE_L2 {
+                entangled = Some(HostOffset(start << bits));
+            }
+            tables.add(*start, end - start);
         }
-        if u64::from(file.driver().limits().request_align) > cluster {
-            // Metadata and data share blocks of the medium.
-            file.expect_ragged_writes(512);
-        }
+        // Where blocks of the medium are larger than clusters, metadata and data share them.
+        file.expect_ragged_writes(u32::try_from(cluster).unwrap_or(u32::MAX));
         let mut refcounts = refcounts.map_err(no_memory)?;
         if grows {
             refcounts.set_room(in_use);
@@ -156,6 +167,7 @@ impl Writing {
             streams: Streams::new(bits),
             busy: Busy::default(),
             limbo: Limbo::default(),
+            releasing: 0,
             released: 0,
         };
         Ok(Writing {
@@ -167,8 +179,10 @@ impl Writing {
             l2_tables: Flights::default(),
             growth: Flights::default(),
             no_windows: AtomicBool::new(false),
+            entangled,
+            hurry: AtomicBool::new(false),
             tight: AtomicBool::new(false),
-            grown: AtomicBool::new(false),
+            grown_from: AtomicU64::new(u64::MAX),
             grace: Arc::clone(graph.grace()),
             upkeep: Arc::clone(graph.upkeep()),
             dirty: AtomicBool::new(false),
@@ -186,6 +200,11 @@ impl Writing {
     /// Whether the image on disk is what the guest sees, but for data in caches of the host.
     pub fn is_stable(&self) -> bool {
         !self.dirty.load(Ordering::Acquire)
+    }
+
+    /// A place that belongs to two tables.
+    pub fn entangled(&self) -> Option<HostOffset> {
+        self.entangled
     }
 
     /// Memory of cached refcount blocks, in bytes.
@@ -208,7 +227,11 @@ impl Image {
     }
 
     fn tend_later(&self, w: &Writing) {
-        w.upkeep.at(Instant::now() + WRITE_BACK_AFTER, self.me.clone());
+        self.tend_at(w, Instant::now() + WRITE_BACK_AFTER);
+    }
+
+    fn tend_at(&self, w: &Writing, when: Instant) {
+        w.upkeep.at(when, self.me.clone());
     }
 
     /// The image contradicts itself in a way that writing would make worse: marks it, once, and lets nobody use it any more.
@@ -238,11 +261,15 @@ impl Image {
     }
 
     /// An entry in memory has just lost these references.
-    fn let_go(w: &Writing, meta: &mut Meta, freed: &[Freed]) {
+    fn let_go(&self, w: &Writing, meta: &mut Meta, freed: &[Freed]) {
         if freed.is_empty() {
             return;
         }
         let tag = w.grace.tag();
         freed.iter().for_each(|f| meta.limbo.push(*f, tag));
+        // Whoever writes and discards and never flushes shall not fill memory, or the file.
+        if meta.limbo.len() >= LIMBO_MAX && !w.hurry.swap(true, Ordering::Relaxed) {
+            self.tend_at(w, Instant::now());
+        }
     }
 }

@@ -41,6 +41,12 @@ pub enum Mutation {
     NoDirtyBit,
     /// A write that fails keeps its clusters linked.
     LinkFailedWrites,
+    /// A flush does not make the external data file stable.
+    NoDataFileFlush,
+    /// A stable write in place does not look whether the entry that leads there is on disk.
+    FuaOfDataOnly,
+    /// What loses its entry while a flush is running counts as written by that flush.
+    FreedByRunningFlush,
 }
 
 #[cfg(any(test, feature = "sim"))]
@@ -55,7 +61,7 @@ mod switch {
 
     impl Mutation {
         /// All of them.
-        pub const ALL: [Mutation; 18] = [
+        pub const ALL: [Mutation; 21] = [
             Mutation::NoFlushBeforeL2,
             Mutation::RefcountsLast,
             Mutation::NoFlushBeforeReftable,
@@ -74,6 +80,9 @@ mod switch {
             Mutation::NoFlushForFua,
             Mutation::NoDirtyBit,
             Mutation::LinkFailedWrites,
+            Mutation::NoDataFileFlush,
+            Mutation::FuaOfDataOnly,
+            Mutation::FreedByRunningFlush,
         ];
     }
 

@@ -193,12 +193,12 @@ impl Image {
             Some(case) => case,
             // Linked since the look without the lock; or the entry leads into metadata.
             None => {
-                return match self.in_place(w, at, len) {
-                    Some((host, len)) => Ok(Plan::InPlace { host, len }),
-                    None => match self.run(mapping, at, len) {
-                        (Place::Data(host), _) => Err(Need::Overlap(host)),
-                        _ => Err(Need::Slice),
-                    },
+                return match self.run(mapping, at, len) {
+                    (Place::Data(host), n) if self.is_metadata(w, host, n) => {
+                        Err(Need::Overlap(host))
+                    }
+                    (Place::Data(host), len) => Ok(Plan::InPlace { host, len }),
+                    _ => Err(Need::Slice),
                 };
             }
         };

@@ -10,13 +10,11 @@ use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::header::Extension;
 use crate::block::drivers::qcow2::layout::{GuestOffset, HostOffset, Mapping};
 use crate::block::drivers::qcow2::options::Overlap;
+use crate::block::drivers::qcow2::refcount::Blocked;
 use crate::block::{Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
 use crate::mem::Sg;
 use crate::rt::Buffer;
-
-/// How often contiguous clusters for a longer L1 table are looked for.
-const TRIES: usize = 64;
 
 impl Image {
     /// Makes the guest's disk `len` bytes long; what is added reads as zeroes, whatever a longer backing file has there.
@@ -106,7 +104,8 @@ impl Image {
             }
         };
         let result = self.move_l1(w, entries).await;
-        round.end(result);
+        // Those who wait want a round that began after they came.
+        round.cancel();
         result
     }
 
@@ -149,11 +148,16 @@ impl Image {
             w.header.set_l1(self.file(), place, entries32).await
         };
         if let Err(e) = made.await {
-            // The header may lead to either: nobody may have the new place.
             log::error!("qcow2: the L1 table could not be moved to {:#x}: {e}", place.0);
+            // The header may lead to either table: to the old one again, or nobody can go on.
+            let entries = u32::try_from(old_len / 8).unwrap_or(u32::MAX);
+            if w.header.set_l1(self.file(), old, entries).await.is_err() {
+                self.fence(w, "The header cannot be written").await;
+            }
             return Err(e);
         }
         let mut meta = w.lock();
+        self.touch(w);
         self.l1.grow_to(entries)?;
         self.l1_offset.store(place.0, Ordering::Relaxed);
         if self.choices.overlap_check.contains(Overlap::ACTIVE_L1) {
@@ -161,41 +165,42 @@ impl Image {
         }
         let old_count = old_len.div_ceil(g.cluster_size());
         let gone: Vec<Freed> = freed(g.host_cluster(old), old_count).collect();
-        Self::let_go(w, &mut meta, &gone);
-        drop(meta);
-        self.tend_later(w);
+        self.let_go(w, &mut meta, &gone);
         Ok(())
     }
 
-    /// Contiguous clusters, allocated.
+    /// Contiguous clusters, allocated: at most half of what a refcount block describes.
     async fn contiguous(&self, w: &Writing, count: u64) -> Result<u64, Errno> {
-        for _ in 0..TRIES {
+        loop {
             let run = {
                 let mut meta = w.lock();
-                let run = meta.refcounts.allocate(count, None);
+                let run = meta.refcounts.reserve(count).and_then(|run| {
+                    let enough = run.count >= count;
+                    if enough {
+                        meta.refcounts.claim(run.first, count)?;
+                    }
+                    meta.refcounts.unreserve(run.first, run.count);
+                    Ok(enough.then_some(run.first))
+                });
                 self.note_tables(w, &mut meta);
                 run
             };
             match run {
-                Ok(run) if run.count == count => return Ok(run.first),
-                Ok(run) => {
-                    // Kept until the next flush, so that the search goes on.
-                    let part = (run.first..run.first + run.count).map(|cluster| Freed {
-                        cluster,
-                        discard: false,
-                        table: true,
-                    });
-                    w.lock().limbo.push_ready(part);
+                Ok(first) => return first.ok_or(Errno::ENOSPC),
+                // Whoever makes room in the cache by a flush would wait for itself here.
+                Err(Blocked::Load { index, offset }) => {
+                    if self.load_block_once(w, index, offset).await.is_err() {
+                        w.refcounts_too.store(true, Ordering::Relaxed);
+                        self.write_back(w).await?;
+                    }
                 }
-                // A flush from here would wait for itself.
-                Err(super::super::refcount::Blocked::CacheFull) => {
+                Err(Blocked::CacheFull) => {
                     w.refcounts_too.store(true, Ordering::Relaxed);
                     self.write_back(w).await?;
                 }
-                Err(super::super::refcount::Blocked::NoSpace) => return Err(Errno::ENOSPC),
+                Err(Blocked::NoSpace) => return Err(Errno::ENOSPC),
                 Err(blocked) => self.unblock(w, blocked).await?,
             }
         }
-        Err(Errno::ENOSPC)
     }
 }

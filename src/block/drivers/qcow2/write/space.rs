@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::Writing;
 use super::limbo::Freed;
+use super::zero::give_way;
 use crate::block::Op;
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::flight::Turn;
@@ -19,6 +20,8 @@ use crate::rt::{self, Buffer};
 /// By how much the file grows at a time: an eighth of its length between these, in bytes.
 const WINDOW_MIN: u64 = 1 << 20;
 const WINDOW_MAX: u64 = 64 << 20;
+/// So many clusters are released before others get their turn on the thread.
+const RELEASES_PER_TURN: u32 = 256;
 /// A file system's block.
 const BLOCK: u64 = 4096;
 /// Who finds no space while others still use clusters that were freed looks again after this time, this many times.
@@ -52,7 +55,7 @@ impl Image {
     }
 
     /// Reads a refcount block into the cache; never waits for a flush: this may be the end of one.
-    async fn load_block_once(
+    pub async fn load_block_once(
         &self,
         w: &Writing,
         index: u64,
@@ -92,8 +95,11 @@ impl Image {
             meta.released
         };
         for _ in 0..LOOKS {
-            if w.lock().limbo.is_empty() {
-                break;
+            {
+                let meta = w.lock();
+                if meta.limbo.is_empty() && meta.releasing == 0 {
+                    break;
+                }
             }
             self.flush_tables().await?;
             if w.lock().released != released {
@@ -108,10 +114,33 @@ impl Image {
     /// Releases clusters whose time has come. What cannot be released now stays for the next time.
     pub async fn reap(&self, w: &Writing) {
         self.free_old_tables(w).await;
-        let freed = w.lock().limbo.take(&w.grace);
+        let freed = {
+            let mut meta = w.lock();
+            let mut freed = meta.limbo.take(&w.grace);
+            meta.releasing += freed.len();
+            // One refcount block after the other.
+            freed.sort_unstable_by_key(|f| f.cluster);
+            freed
+        };
+        if freed.is_empty() {
+            return;
+        }
+        let count = freed.len();
         self.discard_freed(w, &freed).await;
-        let mut left = freed.into_iter().peekable();
+        let left = self.release(w, freed).await;
+        let mut meta = w.lock();
+        meta.releasing -= count;
+        meta.limbo.push_ready(left);
+    }
+
+    /// Releases clusters; answers those that cannot be now: the next flush makes room for their refcount blocks.
+    async fn release(&self, w: &Writing, freed: Vec<Freed>) -> impl Iterator<Item = Freed> + use<> {
+        let (mut steps, mut left) = (0, freed.into_iter().peekable());
         while let Some(next) = left.peek().copied() {
+            steps += 1;
+            if steps % RELEASES_PER_TURN == 0 {
+                give_way().await;
+            }
             let end = next.cluster + 1;
             let bits = self.geometry.cluster_bits;
             self.compressed.forget(next.cluster << bits..end << bits);
@@ -144,10 +173,11 @@ impl Image {
                 Err(Blocked::CacheFull | Blocked::NoSpace | Blocked::Room { .. }) => false,
             };
             if !again {
-                w.lock().limbo.push_ready(left);
-                return;
+                w.refcounts_too.store(true, Ordering::Relaxed);
+                break;
             }
         }
+        left
     }
 
     /// Whether the L1 table still leads to `cluster`, or is there: in a broken image two entries may share a table.
@@ -269,7 +299,8 @@ impl Image {
         let len = file.len();
         let window = (len / 8).clamp(WINDOW_MIN, WINDOW_MAX);
         let mut result = Ok(());
-        for to in [end.max((len + window).next_multiple_of(WINDOW_MIN)), end] {
+        let large = end.max((len + window).next_multiple_of(WINDOW_MIN));
+        for (to, tight) in [(large, false), (end, true)] {
             // Through the page cache the length is enough: the file system finds places when it writes, and better ones. Past
             // the cache every write would look for a place itself. What is there stays: tables may be written past the
             // end meanwhile.
@@ -278,8 +309,8 @@ impl Image {
             result = file.driver().preallocate(from, to - from).await;
             match result {
                 Ok(()) => {
-                    w.grown.store(true, Ordering::Relaxed);
-                    w.tight.store(to == end, Ordering::Relaxed);
+                    w.grown_from.fetch_min(len, Ordering::Relaxed);
+                    w.tight.store(tight, Ordering::Relaxed);
                     break;
                 }
                 Err(e) if is_no_space(e) => {}
@@ -337,9 +368,12 @@ impl Image {
 }
 
 /// Why a refcount block is not in the cache.
-enum LoadError {
+pub enum LoadError {
+    /// Only a flush makes room for it.
     CacheFull,
+    /// It contradicts what is known.
     Corrupt(Damage),
+    /// It could not be read.
     File(Errno),
 }
 

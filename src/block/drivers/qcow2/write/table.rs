@@ -1,9 +1,12 @@
 //! L2 tables: a slice in the cache, a table where there is none, a table of one's own where it is shared.
 #![forbid(unsafe_code)]
 
+use std::sync::atomic::Ordering;
+
 use super::Writing;
 use super::limbo::Freed;
 use super::mutation::{Mutation, broken};
+use super::space::is_no_space;
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::flight::Turn;
 use crate::block::drivers::qcow2::layout::{GuestOffset, HostOffset, L1Entry};
@@ -11,7 +14,10 @@ use crate::block::drivers::qcow2::options::Overlap;
 use crate::block::{Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
 use crate::mem::Sg;
-use crate::rt::Buffer;
+use crate::rt::{Buffer, grace};
+
+/// How often a table that found no room looks for another place.
+const TRIES: u32 = 3;
 
 impl Image {
     /// Sees to it that the slice of `guest` is in the cache, now.
@@ -26,7 +32,10 @@ impl Image {
                 Turn::Found(()) => return Ok(()),
                 Turn::Mine(flight) => flight,
             };
-            let bytes = self.read_slice(slice, guest).await?;
+            let bytes = {
+                let _pin = self.writing.as_ref().map(|w| grace::enter(&w.grace));
+                self.read_slice(slice, guest).await?
+            };
             if self.cache.fill(slice, bytes.bytes()).is_ok() {
                 return Ok(());
             }
@@ -80,7 +89,7 @@ impl Image {
         let entry = L1Entry { table: Some(table), copied: true };
         self.l1.set(l1_index, entry.encode());
         if let Some(old) = old {
-            Self::let_go(w, &mut meta, &[self.freed_table(old)]);
+            self.let_go(w, &mut meta, &[self.freed_table(old)]);
         }
         Ok(())
     }
@@ -92,6 +101,7 @@ impl Image {
 
     /// A cluster for a table, and whether the file reads as zeroes there.
     async fn allocate_table(&self, w: &Writing) -> Result<(HostOffset, bool), Errno> {
+        let mut tries = 0;
         loop {
             let run = {
                 let mut meta = w.lock();
@@ -117,6 +127,11 @@ impl Image {
             };
             if let Err(e) = room.await {
                 w.lock().limbo.push_ready([self.freed_table(table)]);
+                tries += 1;
+                w.tight.store(true, Ordering::Relaxed);
+                if is_no_space(e) && tries < TRIES && self.make_room(w).await.is_ok() {
+                    continue;
+                }
                 return Err(e);
             }
             return Ok((table, run.fresh && self.file().len() >= end));

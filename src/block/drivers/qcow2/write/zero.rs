@@ -21,9 +21,10 @@ use super::plan::Need;
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::header::Autoclear;
 use crate::block::drivers::qcow2::layout::{GuestOffset, L1Entry, L2Entry, Mapping};
-use crate::block::{Op, ZeroFlags};
+use crate::block::{Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
-use crate::rt::grace;
+use crate::mem::Sg;
+use crate::rt::{Buffer, grace};
 
 /// So many slices are changed before others get their turn on the thread.
 const SLICES_PER_TURN: u32 = 64;
@@ -78,7 +79,8 @@ impl Image {
             self.in_data_file(Op::WriteZeroes { offset, len, flags }).await?;
         }
         let unmap = flags.contains(ZeroFlags::MAY_UNMAP);
-        self.change_entries(w, offset, len, Wish::Zero { unmap }).await?;
+        let no_fallback = flags.contains(ZeroFlags::NO_FALLBACK);
+        self.change_entries(w, offset, len, Wish::Zero { unmap }, no_fallback).await?;
         self.stable(fua).await
     }
 
@@ -102,7 +104,7 @@ impl Image {
         } else if self.choices.discard_no_unref {
             self.discard_kept(w, offset, len).await?;
         }
-        self.change_entries(w, offset, len, Wish::Discard).await
+        self.change_entries(w, offset, len, Wish::Discard, true).await
     }
 
     /// Tells the file of clusters that keep their place: before their entries change, so that nobody's new data is there yet.
@@ -116,6 +118,7 @@ impl Image {
             }
             if self.look_up(guest).is_none() {
                 self.cached_slice(guest).await?;
+                give_way().await;
             }
             let _pin = grace::enter(&w.grace);
             at = match self.in_place(w, guest, end - at) {
@@ -158,6 +161,7 @@ impl Image {
         offset: u64,
         len: u64,
         wish: Wish,
+        no_fallback: bool,
     ) -> Result<(), Errno> {
         let (mut at, end, mut steps) = (offset, offset + len, 0);
         while at < end {
@@ -169,7 +173,14 @@ impl Image {
             match step.await {
                 Step::Done(n) => at += n,
                 Step::Needs(need) => self.get(w, need, guest).await?,
-                Step::Unsupported => return Err(Errno::ENOTSUP),
+                Step::Unsupported if no_fallback => return Err(Errno::ENOTSUP),
+                Step::Unsupported => {
+                    // This cluster alone.
+                    let cluster = self.geometry.cluster_size();
+                    let n = (end - at).min(cluster - at % cluster);
+                    self.write_zero_bytes(w, at, n).await?;
+                    at += n;
+                }
                 Step::Wait => unreachable!("waited for"),
             }
             steps += 1;
@@ -178,6 +189,13 @@ impl Image {
             }
         }
         Ok(())
+    }
+
+    async fn write_zero_bytes(&self, w: &Writing, at: u64, len: u64) -> Result<(), Errno> {
+        let align = self.data().driver().limits().mem_align.max(512) as usize;
+        let buffer = Buffer::new(usize::try_from(len).map_err(|_| Errno::EIO)?, align);
+        let iov = [buffer.iovec()];
+        self.write(w, at, Sg::new(&iov), WriteFlags::empty()).await
     }
 
     /// Changes entries from `at`'s cluster on, as many as can be under one lock.
@@ -236,7 +254,7 @@ impl Image {
             if !self.cache.store(slice, index, &entries) {
                 return Step::Needs(Need::Slice);
             }
-            Self::let_go(w, &mut meta, &freed);
+            self.let_go(w, &mut meta, &freed);
         }
         Step::Done(next - at.0)
     }
@@ -316,7 +334,7 @@ impl Image {
 }
 
 /// Lets other tasks of the thread run.
-async fn give_way() {
+pub async fn give_way() {
     let mut gone = false;
     poll_fn(|cx| {
         if std::mem::replace(&mut gone, true) {
