@@ -142,7 +142,8 @@ impl Setup {
             self.disk.discarded = Discarded::Old;
         }
         if self.device && self.room.is_none() {
-            self.room = Some((self.sectors * SECTOR) / 2 + (1 << 20));
+            // A snapshot may double what is needed.
+            self.room = Some(2 * self.sectors * SECTOR + (1 << 20));
         }
         self
     }
