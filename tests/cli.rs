@@ -59,8 +59,52 @@ fn names(dir: &Path) -> BTreeSet<String> {
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
-/// A directory to run a case in. What is returned beside it must live as long.
-fn scene(held: &Path) -> (TempDir, UnixListener) {
+/// Makes the images of `[qcow2]`, but for those of [`POKES`].
+const IMAGES: &str = "
+create() { qemu-img create -q -f qcow2 \"$@\"; }
+create q.qcow2 1M
+create -o compat=0.10 v2.qcow2 1M
+create -b q.qcow2 -F qcow2 top.qcow2
+create -u -b nope.qcow2 -F qcow2 orphan.qcow2 1M
+create bitmaps.qcow2 1M
+qemu-img bitmap --add bitmaps.qcow2 b
+cp q.qcow2 snapshot.qcow2
+qemu-img snapshot -c a snapshot.qcow2
+create -o data_file=ext.raw ext.qcow2 1M
+secret='--object secret,id=s,data=geheim'
+create $secret -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 luks.qcow2 1M
+create $secret -o encrypt.format=aes,encrypt.key-secret=s aes.qcow2 1M
+cp q.qcow2 broken.cut.qcow2
+truncate -s 196608 broken.cut.qcow2
+";
+
+/// Images with a byte that is another: name, made from, where, what.
+const POKES: [(&str, &str, usize, u8); 7] = [
+    ("dirty", "q", 79, 1),
+    ("corrupt", "q", 79, 2),
+    ("future", "q", 72, 0x40),
+    // Tables that are not aligned; an L1 table that is too short; a directory of 8 bytes.
+    ("broken.l1", "q", 46, 2),
+    ("broken.reftable", "q", 54, 2),
+    ("broken.size", "q", 27, 0x7f),
+    ("broken.directory", "bitmaps", 0x20f, 8),
+];
+
+fn images() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let made = Command::new("sh").args(["-ec", IMAGES]).current_dir(dir.path()).output().unwrap();
+    assert!(made.status.success(), "{made:?}");
+    for (name, from, at, byte) in POKES {
+        let mut image = fs::read(dir.path().join(format!("{from}.qcow2"))).unwrap();
+        assert_ne!(image[at], byte, "{name}");
+        image[at] = byte;
+        fs::write(dir.path().join(format!("{name}.qcow2")), image).unwrap();
+    }
+    dir
+}
+
+/// A directory to run a case in, with the qcow2 images of `images`. What is returned beside it must live as long.
+fn scene(held: &Path, images: Option<&Path>) -> (TempDir, UnixListener) {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     fs::create_dir(path("dir")).unwrap();
@@ -71,6 +115,9 @@ fn scene(held: &Path) -> (TempDir, UnixListener) {
     fs::write(path("secret.b64"), "Z2VoZWlt").unwrap();
     fs::hard_link(held, path("held.qcow2")).unwrap();
     drop(UnixListener::bind(path("stale.sock")).unwrap());
+    for name in images.map(names).unwrap_or_default() {
+        fs::copy(images.unwrap().join(&name), path(&name)).unwrap();
+    }
     let busy = UnixListener::bind(path("busy.sock")).unwrap();
     (dir, busy)
 }
@@ -188,16 +235,16 @@ impl Drop for Held {
 }
 
 /// What is wrong with a case; `None`: nothing.
-fn judge(case: &Case, held: &Held) -> Option<String> {
+fn judge(case: &Case, held: &Held, images: Option<&Path>) -> Option<String> {
     let image = held.dir.path().join("held.qcow2");
     let theirs = {
-        let (dir, _busy) = scene(&image);
+        let (dir, _busy) = scene(&image, images);
         let mut outcome = run(QSD, &case.args, dir.path());
         outcome.stdout = outcome.stdout.replace(QSD, "vhost-user-blk");
         outcome.stderr = outcome.stderr.replace(QSD, "vhost-user-blk");
         outcome
     };
-    let (dir, _busy) = scene(&image);
+    let (dir, _busy) = scene(&image, images);
     let before = names(dir.path());
     let ours = run(OURS, &case.args, dir.path());
     let left: Vec<_> = names(dir.path()).difference(&before).cloned().collect();
@@ -218,8 +265,10 @@ fn judge(case: &Case, held: &Held) -> Option<String> {
 fn compare(section: &str) {
     pass_descriptors();
     let held = Held::new();
+    let images = (section == "qcow2").then(images);
+    let images = images.as_ref().map(TempDir::path);
     let cases = cases(section);
-    let faults: Vec<_> = cases.iter().filter_map(|case| judge(case, &held)).collect();
+    let faults: Vec<_> = cases.iter().filter_map(|case| judge(case, &held, images)).collect();
     let (bad, all) = (faults.len(), cases.len());
     assert!(faults.is_empty(), "{bad} of {all} cases:\n{}", faults.concat());
 }
@@ -252,6 +301,11 @@ fn exports_as_qemu() {
 #[test]
 fn nodes_as_qemu() {
     compare("nodes");
+}
+
+#[test]
+fn qcow2_as_qemu() {
+    compare("qcow2");
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod drivers;
 use std::alloc::{GlobalAlloc, Layout as Shape, System};
 use std::cell::Cell;
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use drivers::bed::directory;
@@ -190,6 +191,20 @@ fn the_fast_lane_does_not_allocate() {
             "file": { "driver": "file", "filename": path, "aio": "io_uring" },
         });
         assert_eq!(allocations("file", file, true), 0, "file, direct {direct}");
+        let image = dir.path().join("image.qcow2");
+        let convert = Command::new("qemu-img")
+            .args(["convert", "-f", "raw", "-O", "qcow2"])
+            .args([&path, &image])
+            .status();
+        assert!(convert.unwrap().success());
+        let qcow2 = json!({
+            "driver": "qcow2", "node-name": "n", "cache": { "direct": direct },
+            "file": { "driver": "file", "filename": image, "aio": "io_uring" },
+        });
+        // Its clusters are allocated, its table is cached after the warm-up.
+        assert_eq!(allocations("qcow2", qcow2, true), 0, "qcow2, direct {direct}");
+        let check = Command::new("qemu-img").arg("check").arg(&image).output().unwrap();
+        assert!(check.status.success(), "{check:?}");
         // Writes wrote what they found there, except for the rest of the slots' memory.
         let after = std::fs::read(&path).unwrap();
         assert_eq!(after.len(), before.len());

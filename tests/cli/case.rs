@@ -2,6 +2,9 @@
 
 const CASES: &str = include_str!("cases.txt");
 const FILE_NODE: &str = "--blockdev file,node-name=f,filename=disk.raw";
+const QCOW2_NODE: &str = "--blockdev qcow2,node-name=q,file.driver=file,file.filename=";
+const EXPORT: &str =
+    "--export vhost-user-blk,id=e,node-name=q,addr.type=unix,addr.path=s,writable=on";
 
 /// One line of `cases.txt`.
 pub struct Case {
@@ -35,6 +38,7 @@ pub fn cases(section: &str) -> Vec<Case> {
 pub fn split(text: &str) -> Vec<String> {
     let raw_node = format!("{FILE_NODE} --blockdev raw,node-name=r,file=f");
     let text = text.replace("{F}", FILE_NODE).replace("{R}", &raw_node);
+    let text = text.replace("{Q}", QCOW2_NODE).replace("{E}", EXPORT);
     let mut words = Vec::new();
     let mut word: Option<String> = None;
     let mut quote = None;

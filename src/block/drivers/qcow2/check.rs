@@ -35,7 +35,7 @@ mod walk;
 use std::collections::HashMap;
 use std::rc::Rc;
 
-pub(super) use bitmaps::judge_directory;
+pub(super) use bitmaps::{judge_directory, mark_in_use};
 use counts::Counts;
 pub(super) use disk::Disk;
 use overlap::Metadata;

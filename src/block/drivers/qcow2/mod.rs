@@ -23,6 +23,7 @@ mod options;
 mod read;
 mod refcount;
 mod tables;
+mod tidy;
 pub mod write;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -38,6 +39,7 @@ use l1::L1Table;
 use layout::{Geometry, HostOffset};
 use options::Choices;
 use read::Corruption;
+use tidy::Tidy;
 use write::Writing;
 
 use crate::block::driver::Resolver;
@@ -142,7 +144,10 @@ impl Image {
 }
 
 /// The driver of a node: the image, which the graph's upkeep may hold a little longer.
-struct Qcow2(Arc<Image>);
+struct Qcow2(
+    Arc<Image>,
+    #[expect(dead_code, reason = "alive as long as the node")] Option<Arc<Tidy>>,
+);
 
 impl Driver for Qcow2 {
     fn edges(&self) -> &[Edge] {

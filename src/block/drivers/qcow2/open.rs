@@ -13,6 +13,7 @@ use super::l1::L1Table;
 use super::opened::{self, Found};
 use super::options::Choices;
 use super::read::Corruption;
+use super::tidy::Tidy;
 use super::write::Writing;
 use super::{Image, Qcow2};
 use crate::block::{Driver, Edge, Node, Op, OpenArgs, Role};
@@ -80,7 +81,8 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
         cache,
         writing,
     });
-    Ok(Box::new(Qcow2(image)))
+    let tidy = Tidy::start(&image, args.graph.upkeep());
+    Ok(Box::new(Qcow2(image, tidy)))
 }
 
 fn to_usize(n: u64) -> Result<usize> {

@@ -1,8 +1,8 @@
 //! Opening for writing: what it changes in the image, and what the write path starts from.
 //!
 //! In QEMU's order: the refcount table, the snapshot table and the bitmap directory are read and judged, an image that was
-//! not closed properly is repaired, and only then are feature bits cleared. (Bits that vouch for bitmaps must not go
-//! before the repair, which would take the bitmaps' clusters for leaked.) Everything is stable before the node is open.
+//! not closed properly is repaired, bitmaps are marked as not kept up to date, and unknown feature bits are cleared.
+//! Everything is stable before the node is open.
 //! Nothing here is called for a node that is opened to be read only, but for [`judge`].
 #![forbid(unsafe_code)]
 
@@ -84,8 +84,8 @@ impl Found {
         Ok(Found { header, l1, reftable, snapshots })
     }
 
-    /// Makes the image writable: repairs it if it was not closed properly, and clears the feature bits of what is not
-    /// kept up to date. The header and the L1 table may be others afterwards.
+    /// Makes the image writable: repairs it if it was not closed properly, marks its bitmaps, and clears the feature
+    /// bits that nobody here knows. The header and the L1 table may be others afterwards.
     ///
     /// # Errors
     /// `Could not repair dirty image`; the header cannot be written; tables of a repaired image cannot be read.
@@ -99,6 +99,7 @@ impl Found {
             self = Found::read(file)?;
         }
         let io = HeaderIo::new(&self.header);
+        give_up_bitmaps(file, &self.header)?;
         clear_autoclear(file, &io, &mut self.header)?;
         let tables = self.tables(file, overlap)?;
         let Found { header, l1, reftable, .. } = self;
@@ -205,18 +206,26 @@ fn repair(file: &Node, header: &Header) -> Result<()> {
     }
 }
 
-/// Who writes and does not keep up what an autoclear bit vouches for clears the bit first: unknown ones, and that of
-/// bitmaps. A raw data file stays raw, because guest offsets are host offsets there.
-fn clear_autoclear(file: &Node, io: &HeaderIo, header: &mut Header) -> Result<()> {
-    let kept = header.autoclear & Autoclear::DATA_FILE_RAW;
-    if kept == header.autoclear {
-        return Ok(());
-    }
-    if header.autoclear.contains(Autoclear::BITMAPS) && header.bitmaps().is_some() {
+/// The image's bitmaps do not learn of what is written from now on: they say so, as they do while QEMU has the image open.
+/// Their autoclear bit stays: it vouches for the directory, and without it their clusters would count as leaked.
+fn give_up_bitmaps(file: &Node, header: &Header) -> Result<()> {
+    let marked = rt::block_on(check::mark_in_use(file, header))?;
+    if marked > 0 {
         log::warn!(
-            "qcow2: the image's persistent bitmaps are not kept up to date: from now on they are \
+            "qcow2: {marked} persistent bitmaps are not kept up to date: from now on they are \
              inconsistent"
         );
+    }
+    Ok(())
+}
+
+/// Who writes and does not know what an autoclear bit vouches for clears the bit first. A raw data file stays raw,
+/// because guest offsets are host offsets there.
+fn clear_autoclear(file: &Node, io: &HeaderIo, header: &mut Header) -> Result<()> {
+    let mut kept = header.autoclear & Autoclear::KNOWN;
+    kept.set(Autoclear::BITMAPS, header.bitmaps().is_some());
+    if kept == header.autoclear {
+        return Ok(());
     }
     rt::block_on(io.set_autoclear(file, kept))
         .map_err(|e| Error::from_errno("Could not update qcow2 header", e))?;

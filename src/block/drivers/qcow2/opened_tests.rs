@@ -9,9 +9,11 @@ use tempfile::TempDir;
 
 use super::super::extension::{be32, be64};
 use super::*;
-use crate::block::Graph;
 use crate::block::perm::Perms;
+use crate::block::{Graph, Op, WriteFlags};
+use crate::mem::Sg;
 use crate::qapi::Options;
+use crate::rt::Buffer;
 
 fn run(dir: &TempDir, program: &str, args: &[&str]) -> Output {
     Command::new(program).args(args).current_dir(dir.path()).output().unwrap()
@@ -255,15 +257,18 @@ fn what_cannot_be_repaired_is_not_opened() {
     assert_eq!(be64(&bytes_of(&dir), 72) & 1, 1);
 }
 
-/// Autoclear bits go, but for that of a raw data file; everything else stays as it is, bitmaps included.
+/// Unknown autoclear bits go; those of bitmaps and of a raw data file stay. Everything else stays as it is but for the flags of
+/// bitmaps.
 #[test]
 fn autoclear_bits_are_cleared_by_writers_only() {
     let bitmaps = format!("{PLAIN}; qemu-img bitmap --add x b1");
     let data_file = "qemu-img create -q -f qcow2 -o data_file=data,data_file_raw=on x 10M";
     for (lines, bits, kept) in [
         (PLAIN, 0xf000_0000_0000_0000u64, 0u64),
-        (bitmaps.as_str(), 1, 0),
-        (bitmaps.as_str(), 0x1_0001, 0),
+        // Nothing is there that the bit could vouch for.
+        (PLAIN, 1, 0),
+        (bitmaps.as_str(), 1, 1),
+        (bitmaps.as_str(), 0x1_0001, 1),
         (data_file, 2, 2),
         (data_file, 0x102, 2),
     ] {
@@ -290,8 +295,92 @@ fn autoclear_bits_are_cleared_by_writers_only() {
         open(false);
         let mut want = before;
         want[88..96].copy_from_slice(&kept.to_be_bytes());
+        if lines == bitmaps {
+            want[flags_of_bitmap(&image)] |= 1;
+        }
         assert!(bytes_of(&dir) == want, "{lines}: {bits:#x}");
     }
+}
+
+/// Where the flag "in use" of the first bitmap is.
+fn flags_of_bitmap(image: &[u8]) -> usize {
+    be64(image, bitmaps_extension(image) as usize + 16) as usize + 15
+}
+
+fn info(dir: &TempDir) -> serde_json::Value {
+    let out = run(dir, "qemu-img", &["info", "--output=json", "x"]);
+    assert!(out.status.success(), "{out:?}");
+    let info: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    info["format-specific"]["data"]["bitmaps"].clone()
+}
+
+/// The names of the bitmaps that QEMU calls inconsistent, and of the others.
+fn bitmaps(dir: &TempDir) -> (Vec<String>, Vec<String>) {
+    let info = info(dir);
+    let all = info.as_array().cloned().unwrap_or_default();
+    let stale =
+        |bitmap: &serde_json::Value| bitmap["flags"].as_array().unwrap().contains(&json!("in-use"));
+    let names = |bitmap: serde_json::Value| bitmap["name"].as_str().unwrap().to_owned();
+    let (stale, fresh): (Vec<_>, Vec<_>) = all.into_iter().partition(stale);
+    (stale.into_iter().map(names).collect(), fresh.into_iter().map(names).collect())
+}
+
+/// As while QEMU has the image open: bitmaps are inconsistent, nothing is leaked, and they can be removed. With enough of them
+/// for a directory of many sectors, one of them marked already, and one disabled.
+#[test]
+fn bitmaps_are_inconsistent_from_then_on() {
+    let many = "for n in $(seq 24); do qemu-img bitmap --add x a-bitmap-with-a-long-name-$n; done";
+    let lines = format!("{PLAIN}; {many}; qemu-img bitmap --add --disable x off; cp x fresh");
+    let (dir, image) = made(&lines);
+    let (stale, fresh) = bitmaps(&dir);
+    assert_eq!((stale.len(), fresh.len()), (0, 25));
+    let flags = flags_of_bitmap(&image);
+    write(&dir, &image, &[(flags as u64, &[image[flags] | 1])]);
+    assert_eq!(bitmaps(&dir).0.len(), 1);
+    assert_eq!(ours(&dir, true), Ok(()));
+    assert_eq!(bitmaps(&dir).0.len(), 1, "opened to be read");
+
+    write_with_ours(&dir);
+    let (stale, fresh) = bitmaps(&dir);
+    assert_eq!((stale.len(), fresh.len()), (25, 0));
+    assert_eq!(check(&dir), (Some(0), String::new()));
+    let written = run(&dir, "qemu-io", &["-r", "-c", "read -P 9 5M 1M", "x"]);
+    assert!(!String::from_utf8_lossy(&written.stdout).contains("failed"), "{written:?}");
+    // Once more: nothing to do.
+    let before = bytes_of(&dir);
+    assert_eq!(ours(&dir, false), Ok(()));
+    assert!(bytes_of(&dir) == before);
+    for name in &stale {
+        let out = run(&dir, "qemu-img", &["bitmap", "--remove", "x", name]);
+        assert!(out.status.success(), "{out:?}");
+    }
+    assert_eq!(info(&dir), serde_json::Value::Null);
+    assert_eq!(check(&dir), (Some(0), String::new()));
+}
+
+/// Also when the image is repaired first.
+#[test]
+fn bitmaps_of_a_dirty_image_are_marked_too() {
+    let (dir, image) = made(&format!("{PLAIN}; qemu-img bitmap --add x b1"));
+    write(&dir, &image, &[(79, &[1])]);
+    write_with_ours(&dir);
+    assert_eq!(bitmaps(&dir), (vec!["b1".to_owned()], vec![]));
+    assert_eq!(check(&dir), (Some(0), String::new()));
+}
+
+/// Writes a mebibyte through the driver.
+fn write_with_ours(dir: &TempDir) {
+    let graph = add(&dir.path().join("x"), false).unwrap();
+    let node = graph.find("n").unwrap();
+    let user = graph.attach_root(&node, "the test", Perms::device(true)).unwrap();
+    let mut buffer = Buffer::new(1 << 20, 4096);
+    buffer.bytes_mut().fill(9);
+    let iov = [buffer.iovec()];
+    let op = Op::Write { offset: 5 << 20, from: Sg::new(&iov), flags: WriteFlags::empty() };
+    rt::block_on(node.submit(op)).unwrap();
+    drop(node);
+    graph.detach(user);
+    assert!(graph.close_all());
 }
 
 /// What the write path gets of `x`.

@@ -139,7 +139,9 @@ impl Choices {
     /// In QEMU's words.
     pub fn take(args: &mut OpenArgs<'_>, header: &Header) -> Result<Choices> {
         let (l2, refblocks) = take_caches(args, header)?;
-        let clean_interval = args.take_size("cache-clean-interval")?.unwrap_or(CLEAN_INTERVAL);
+        // A negative number is a large one for QEMU.
+        let clean_interval = args.take_size("cache-clean-interval").unwrap_or(Some(u64::MAX));
+        let clean_interval = clean_interval.unwrap_or(CLEAN_INTERVAL);
         if clean_interval > u64::from(u32::MAX) {
             return Err(err!("Cache clean interval too big"));
         }

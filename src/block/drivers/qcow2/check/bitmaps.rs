@@ -1,4 +1,5 @@
-//! Persistent bitmaps: counting their references, and judging their directory when an image is opened.
+//! Persistent bitmaps: counting their references; judging their directory when an image is opened, and saying there that an
+//! image is being written to.
 //!
 //! A bitmap directory or table that breaks the specification ends the check, as it does in QEMU: what the bitmaps occupy
 //! cannot be told, so neither can what is leaked.
@@ -26,10 +27,16 @@ const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// The bitmap was not saved: its size need not fit the disk's.
 const IN_USE: u32 = 1;
 
+/// Offset of the flags in a directory entry. Entries are aligned to 8 bytes, so flags never cross a sector.
+const FLAGS: usize = 12;
+
 /// Where a bitmap's table is.
 struct Table {
     offset: u64,
     entries: u32,
+    flags: u32,
+    /// Where in the directory its flags are.
+    flags_at: usize,
 }
 
 impl Check<'_> {
@@ -88,7 +95,8 @@ fn tables(header: &Header, bytes: &[u8], extension: BitmapsExtension) -> Result<
         if extra != 0 {
             return Err(err!("Bitmap extra data is not supported"));
         }
-        let table = table(header, fixed).filter(|_| name <= NAME_MAX);
+        let flags_at = bytes.len() - rest.len() + FLAGS;
+        let table = table(header, fixed, flags_at).filter(|_| name <= NAME_MAX);
         tables.push(table.ok_or_else(|| {
             let name = c_text(&entry[ENTRY..][..name]);
             err!("Bitmap '{name}' doesn't satisfy the constraints")
@@ -106,7 +114,7 @@ fn broken() -> Error {
 }
 
 /// The table of a directory entry; `None` if it breaks the specification.
-fn table(header: &Header, fixed: &[u8]) -> Option<Table> {
+fn table(header: &Header, fixed: &[u8], flags_at: usize) -> Option<Table> {
     let g = header.geometry();
     let offset = u64::from_be_bytes(fixed[..8].try_into().ok()?);
     let entries = u32::from_be_bytes(fixed[8..12].try_into().ok()?);
@@ -126,7 +134,7 @@ fn table(header: &Header, fixed: &[u8]) -> Option<Table> {
     }
     let covered = (u128::from(bytes) * 8) << granularity;
     let fits = flags & IN_USE != 0 || u128::from(header.size) <= covered;
-    fits.then_some(Table { offset, entries })
+    fits.then_some(Table { offset, entries, flags, flags_at })
 }
 
 /// Judges the bitmap directory of the image in `file`, if it has one, as QEMU does when it opens an image.
@@ -134,12 +142,48 @@ fn table(header: &Header, fixed: &[u8]) -> Option<Table> {
 /// # Errors
 /// In QEMU's words.
 pub(in super::super) async fn judge_directory(file: &Node, header: &Header) -> Result<()> {
-    let Some(extension) = header.bitmaps() else { return Ok(()) };
+    read_directory(file, header).await.map(|_| ())
+}
+
+/// The directory of `header`'s image, and the tables that it names; nothing if there is none.
+async fn read_directory(file: &Node, header: &Header) -> Result<(Vec<u8>, Vec<Table>)> {
+    let Some(extension) = header.bitmaps() else { return Ok((Vec::new(), Vec::new())) };
     if extension.directory_size == 0 {
         return Err(err!("Requested bitmap directory size is zero"));
     }
     let len = usize::try_from(extension.directory_size).map_err(|_| broken())?;
     let bytes = Disk::new(file).read(extension.directory_offset.0, len).await;
     let bytes = bytes.map_err(|e| Error::from_errno("Failed to read bitmap directory", e))?;
-    tables(header, &bytes, extension).map(|_| ())
+    let tables = tables(header, &bytes, extension)?;
+    Ok((bytes, tables))
+}
+
+/// Sets the flag "in use" of every bitmap, stable on return: whoever opens the image later knows that the bitmaps may lack
+/// what was written meanwhile. They stay well-formed, and keep their clusters. Returns how many did not have the flag.
+///
+/// A power cut leaves some flags set, which harms nobody: nothing else has been written yet.
+///
+/// # Errors
+/// As [`judge_directory`]; the directory cannot be written.
+pub(in super::super) async fn mark_in_use(file: &Node, header: &Header) -> Result<usize> {
+    let (mut bytes, tables) = read_directory(file, header).await?;
+    let unmarked: Vec<_> = tables.iter().filter(|table| table.flags & IN_USE == 0).collect();
+    let (Some(extension), [first, ..], [.., last]) = (header.bitmaps(), &*unmarked, &*unmarked)
+    else {
+        return Ok(0);
+    };
+    for table in &unmarked {
+        let flags = (table.flags | IN_USE).to_be_bytes();
+        bytes[table.flags_at..][..flags.len()].copy_from_slice(&flags);
+    }
+    // What lies between is written as it was read.
+    let changed = first.flags_at..last.flags_at + 4;
+    let at = extension.directory_offset.plus(changed.start as u64);
+    let disk = Disk::new(file);
+    let written = async {
+        disk.write(at.0, &bytes[changed]).await?;
+        disk.flush().await
+    };
+    let failed = |e| Error::from_errno("Could not update bitmap directory", e);
+    written.await.map(|()| unmarked.len()).map_err(failed)
 }

@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use super::super::refcount::{Blocked, Refcounts, Run};
 
 /// The first window of a stream and the largest, in bytes.
-const WINDOW_MIN: u64 = 2 << 20;
+const WINDOW_MIN: u64 = 4 << 20;
 const WINDOW_MAX: u64 = 64 << 20;
 /// The most clusters of a window.
 const CLUSTERS_MAX: u64 = 4096;
@@ -135,12 +135,12 @@ impl Streams {
         starts.map(|start| start - guest).fold(count, u64::min)
     }
 
-    /// The window for whoever goes on at `guest`, in clusters: an eighth of what was written up to here; 0 if nobody has been
+    /// The window for whoever goes on at `guest`, in clusters: a quarter of what was written up to here; 0 if nobody has been
     /// writing up to about here, at least twice.
     fn window_for(&self, guest: u64) -> u64 {
         let near = |f: &&Frontier| guest >= f.next && guest - f.next <= SLACK && f.hits >= 2;
         let Some(f) = self.frontiers.iter().find(near) else { return 0 };
-        let bytes = ((f.written << self.cluster_bits) / 8).clamp(WINDOW_MIN, WINDOW_MAX);
+        let bytes = ((f.written << self.cluster_bits) / 4).clamp(WINDOW_MIN, WINDOW_MAX);
         (bytes >> self.cluster_bits).clamp(1, CLUSTERS_MAX)
     }
 
