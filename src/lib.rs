@@ -51,8 +51,20 @@
 //! Imports point downwards in this list reversed: nothing imports upward. `mem::sg` is below `rt`, which only needs it to
 //! name memory.
 //!
-//! The driver `qcow2` reads images and does not write them yet; [`block::drivers::qcow2`] says what is there for the write
-//! path. `sim` (tests only) is the simulated disk that it will be proven on.
+//! # A qcow2 disk
+//!
+//! ```text
+//!   read, write in place        allocating write, zeroes, discard           FLUSH, 5 s, reset, stop, end
+//!   ────────────────────        ─────────────────────────────────           ────────────────────────────
+//!   L1, L2 in memory            plan   Meta lock, microseconds              copies of what is dirty, Meta lock
+//!        │ no lock              data   to new clusters, no lock             refcounts │ fdatasync │ L2, L1 │ fdatasync
+//!        ▼                      link   Meta lock: entries, in memory        freed clusters may be used again
+//!   offset o of file f ◄─────── the next write there
+//! ```
+//!
+//! Most requests of a disk in use take the fast lane as on a raw file: their entries are in memory, and the tables change in memory
+//! first. What makes that safe is the order in which tables go to disk, and that no cluster is given away while somebody may
+//! still use it. [`block::drivers::qcow2`] has the picture; `tests/simulation` tries to prove it wrong.
 //!
 //! # What must hold
 //!
@@ -62,7 +74,8 @@
 //! 3. A worker that goes to sleep has asked for a kick and looked at every ring after that.
 //! 4. No input of a guest, front end or image ends the process or stops another queue: a bad chain is answered with an
 //!    error where its status byte can be reached, else its queue breaks.
-//! 5. Nothing in [`block::graph`] knows a driver by name: a driver is one file and one line in
+//! 5. After a power cut at any moment a qcow2 image is valid but for leaked clusters, and has everything that was flushed.
+//! 6. Nothing in [`block::graph`] knows a driver by name: a driver is one file and one line in
 //!    [`block::drivers::TABLE`].
 //!
 //! # Where this differs from the design it started from
@@ -71,6 +84,9 @@
 //!   which they send it (see [`vhost_user`]), and a region is one `mmap` (see [`mem::map`]).
 //! * A memory map is replaced while a queue has nothing in flight, not under a grace period: added regions need no
 //!   drain, because maps share regions; removals are rare and must wait for requests anyway.
+//! * qcow2's dirty tables are copied when a flush begins and the copies written, instead of generations per entry: a copy of
+//!   4 KiB costs less than it costs to think about what may change under the write.
+//! * qcow2's cached tables are in anonymous memory, in one arena, and do not survive the process yet.
 //! * `write_zeroes`, `discard` and `flush` take the slow lane: they cost a system call of their own that dwarfs a boxed
 //!   future.
 //! * The cache mode that a driver set (`writeback` in the configuration space) survives resets and reconnects of the front end:

@@ -1,4 +1,41 @@
-//! `qcow2`: QEMU's image format.
+//! `qcow2`: QEMU's image format, read and written by many threads at once. (Its specification: QEMU's docs/interop/qcow2.rst.)
+//!
+//! ```text
+//!  open ── header (limits, features, extension) ── options ── opened: repair, bitmaps, autoclear bits ──► Image
+//!
+//!  fast lane: map                             slow lane: submit
+//!     │ no lock, no allocation                   │
+//!     ▼                                          ▼
+//!  ┌─ read: guest offset ─► l1 ─► cache (L2 slices) ─► Mapping, run ─► Place ◄── a slice that is missing: flight, file
+//!  │      │
+//!  │      ├─ data, and for writes COPIED ──────────────────────────────► file or data-file, in place
+//!  │      ├─ unallocated ──► backing, zeroes
+//!  │      └─ compressed ───► compressed
+//!  │
+//!  └─ write::plan ── Meta lock ── refcount: clusters; write::streams: which ones; write::busy: who else waits
+//!         │                            │
+//!         ▼                            └─ write::space: refcount blocks, a longer file; write::table: L2 tables
+//!     write::data: old content around new data ──► file ──► link: entries in cache and l1, old clusters to write::limbo
+//!     write::zero: zeroes, discards: entries only ────────────────────────▲
+//!                                                                         │ dirty
+//!  FLUSH, 5 s later, close ──► write::commit: one at a time ──► write::flush: refcount blocks │ data │ slices, L1
+//!                                                                         │ stable
+//!                                                                         ▼
+//!                                              write::limbo: refcounts drop when nobody uses the clusters any more
+//! ```
+//!
+//! * **In memory**: the L1 table as a whole (`l1`), L2 tables in slices of 4 KiB (`cache`), refcount blocks as they are needed
+//!   (`refcount`), a bit for each host cluster that holds metadata (`tables`). Entries are read without a lock.
+//! * **On disk** only `write::flush` changes tables, and only `header_io` the header (before the image is open: `opened`). The
+//!   order of all that is at the top of `write/flush.rs`, the rules of memory at the top of `write/mod.rs`.
+//! * **Places** that a request got stay good until it ends: what it may still use is given to nobody else
+//!   ([`grace`](crate::rt::grace)).
+//! * [`check`] and [`create`] work on a file node alone, with no image open.
+//!
+//! Locks: `Meta` ([`mod@write`]) is the outer one; inside of it those of the cache, of the L1 table, of upkeep may be taken, one at a
+//! time. All others (flights, commit, unpacked clusters) are taken alone. None is held across I/O.
+//!
+//! Not there: writing compressed clusters, encryption, taking or deleting snapshots, keeping bitmaps up to date, shrinking.
 #![deny(unsafe_code)]
 
 #[allow(unsafe_code, reason = "one mapping of atomics")]
@@ -17,7 +54,6 @@ mod l1;
 pub mod layout;
 mod limits;
 mod open;
-#[allow(dead_code, reason = "what is found is for the write path")]
 mod opened;
 mod options;
 mod read;

@@ -187,3 +187,86 @@ pub(in super::super) async fn mark_in_use(file: &Node, header: &Header) -> Resul
     let failed = |e| Error::from_errno("Could not update bitmap directory", e);
     written.await.map(|()| unmarked.len()).map_err(failed)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use serde_json::json;
+
+    use super::super::super::header::{Autoclear, Extension, Purpose};
+    use super::super::super::layout::HostOffset;
+    use super::*;
+    use crate::block::Graph;
+    use crate::block::perm::Perms;
+    use crate::sim::harness::Drivers;
+    use crate::sim::{Crash, DiskSpec, Pages, Replay, SIM_DISK, Sim, Survivors};
+
+    const DIRECTORY: u64 = 1 << 16;
+    /// With names of 40 bytes they take 2560 bytes: flags in several sectors.
+    const COUNT: u32 = 40;
+
+    fn image() -> (Header, Vec<u8>) {
+        let mut header = Header::new(3, 16, 1 << 20);
+        (header.l1_size, header.l1_table_offset) = (1, HostOffset(3 << 16));
+        (header.refcount_table_clusters, header.refcount_table_offset) = (1, HostOffset(4 << 16));
+        header.autoclear = Autoclear::BITMAPS;
+        let directory_size = u64::from(COUNT) * 64;
+        let directory_offset = HostOffset(DIRECTORY);
+        let extension = BitmapsExtension { count: COUNT, directory_size, directory_offset };
+        header.extensions.push(Extension::Bitmaps(extension));
+        let mut bytes = header.serialise().unwrap();
+        bytes.resize(DIRECTORY as usize, 0);
+        for number in 0..COUNT {
+            bytes.extend((u64::from(2 + number) << 16).to_be_bytes());
+            bytes.extend(1u32.to_be_bytes());
+            // "auto"; every fourth is in use already.
+            bytes.extend((2 + u32::from(number % 4 == 1)).to_be_bytes());
+            bytes.extend([1, 16, 0, 40, 0, 0, 0, 0]);
+            bytes.extend(format!("{number:040}").bytes());
+        }
+        bytes.resize(2 << 16, 0);
+        (Header::read(&bytes[..1 << 16], Purpose::Write).unwrap(), bytes)
+    }
+
+    /// A power cut leaves flags that were there or shall be there, and nothing else; after the answer they are there for sure.
+    #[test]
+    fn flags_are_stable_when_the_call_returns() {
+        static DRIVERS: Drivers = &[&SIM_DISK];
+        let (header, bytes) = image();
+        let sim = Sim::new(1);
+        let mut pages = Pages::default();
+        pages.set_len(bytes.len() as u64);
+        pages.write(0, &bytes);
+        sim.add_disk(DiskSpec::file("d", pages));
+        let graph = Graph::with_drivers(DRIVERS);
+        let options = json!({ "driver": "sim-disk", "disk": "d", "node-name": "n" });
+        let node = graph.add(serde_json::from_value(options).unwrap()).unwrap();
+        let user = Arc::new(graph.attach_root(&node, "test", Perms::device(true)).unwrap());
+        let done = sim.run(async move {
+            let marked = mark_in_use(user.node(), &header).await.map_err(|e| e.to_string())?;
+            let again = mark_in_use(user.node(), &header).await.map_err(|e| e.to_string())?;
+            Ok::<_, String>((marked, again))
+        });
+        assert_eq!(done, Ok(Ok((30, 0))));
+
+        let mut want = bytes.clone();
+        for number in 0..COUNT as usize {
+            want[DIRECTORY as usize + 64 * number + 15] = 3;
+        }
+        let history = sim.take_history();
+        let mut partly = 0;
+        for cut in 0..=history.len() {
+            let mut replay = Replay::new(&history);
+            replay.advance(&history, cut);
+            for survivors in (0..16).map(Survivors::Random).chain([Survivors::None]) {
+                let now = replay.crashed(Crash::Power, survivors)[0].1.to_vec();
+                let mixed = |i: usize| now[i] == bytes[i] || now[i] == want[i];
+                assert!((0..now.len()).all(mixed), "cut at {cut}");
+                partly += u32::from(now != bytes && now != want);
+                assert!(cut < history.len() || now == want);
+            }
+        }
+        assert!(partly > 0, "the cut never met the write");
+    }
+}
