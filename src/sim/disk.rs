@@ -246,9 +246,14 @@ impl State {
         let request = Request::of(work);
         let fault = self.disks[disk].take_fault(request);
         let change = self.change_of(disk, work);
+        // Decided now: what will fail for want of room leaves nothing behind if the power is cut before.
+        let capacity = self.disks[disk].options.capacity;
+        let full = change.as_ref().is_some_and(|change| change.end() > capacity);
+        let no_room = || Fault { request, nth: 0, times: 1, errno: Errno::ENOSPC, partial: false };
+        let fault = fault.or_else(|| full.then(no_room));
         self.note(id << 8 | request as u64);
         match (&change, request) {
-            (Some(change), _) => {
+            (Some(change), _) if !full => {
                 let (change, fua) = (change.clone(), is_fua(work));
                 self.record(Event::Issued { op: id, disk, change, fua });
             }

@@ -9,7 +9,7 @@
 //!
 //! `discard-no-unref` keeps host clusters in every case but compressed ones. What reads as zeroes already and has no backing
 //! file behind it stays as it is, whole L2 tables that are absent among it. With subclusters the bitmap's zero bits take the
-//! flag's place, and parts of a cluster can be zeroed.
+//! flag's place, and parts of a cluster can be zeroed. With a raw external data file the file itself is zeroed, and entries stay.
 #![forbid(unsafe_code)]
 
 use std::future::poll_fn;
@@ -75,8 +75,11 @@ impl Image {
         }
         let fua = flags.contains(ZeroFlags::FUA);
         if self.raw_data_file() {
+            // What is allocated stays so, and the rest reads as zeroes anyway (there is no backing file): a flag could
+            // contradict the file when somebody writes meanwhile.
             let flags = flags - ZeroFlags::FUA;
             self.in_data_file(Op::WriteZeroes { offset, len, flags }).await?;
+            return self.stable(fua).await;
         }
         let unmap = flags.contains(ZeroFlags::MAY_UNMAP);
         let no_fallback = flags.contains(ZeroFlags::NO_FALLBACK);
@@ -95,8 +98,9 @@ impl Image {
         if self.raw_data_file() {
             // The file alone must show what the guest sees.
             let flags = ZeroFlags::MAY_UNMAP;
-            self.in_data_file(Op::WriteZeroes { offset, len, flags }).await?;
-        } else if !self.choices.pass_discard_request {
+            return self.in_data_file(Op::WriteZeroes { offset, len, flags }).await;
+        }
+        if !self.choices.pass_discard_request {
             // Only entries change.
         } else if self.geometry.data_file {
             // Its clusters have no refcounts and never belong to anybody else.
