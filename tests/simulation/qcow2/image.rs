@@ -248,14 +248,28 @@ impl Setup {
         }
         sim.add_disk(image.clone());
         format(&sim, "image", &self.create_options())?;
-        age(&sim, &self.node(), (self.sectors, self.aged, self.filled), &mut rng, &mut content, true)?;
+        age(
+            &sim,
+            &self.node(),
+            (self.sectors, self.aged, self.filled),
+            &mut rng,
+            &mut content,
+            true,
+        )?;
         let mut frozen = None;
         if self.snapshot {
             snapshot(&sim)?;
             frozen = Some(
                 sim.run(frozen_content(file_node(&sim, "image")?)).map_err(|e| e.to_string())??,
             );
-            age(&sim, &self.node(), (self.sectors, self.aged / 4, None), &mut rng, &mut content, true)?;
+            age(
+                &sim,
+                &self.node(),
+                (self.sectors, self.aged / 4, None),
+                &mut rng,
+                &mut content,
+                true,
+            )?;
         }
         image.image = sim.image("image");
         if !self.device {
