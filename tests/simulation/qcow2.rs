@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod image;
+mod resize;
 mod slow;
 
 use std::collections::HashMap;

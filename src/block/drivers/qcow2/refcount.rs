@@ -16,7 +16,7 @@ mod fields;
 mod pieces;
 #[cfg(test)]
 #[cfg(not(loom))]
-mod rig;
+pub mod rig;
 mod room;
 mod search;
 mod table;

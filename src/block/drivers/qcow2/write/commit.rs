@@ -108,3 +108,121 @@ impl Drop for Round<'_> {
         waiting.into_iter().for_each(Waker::wake);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::{Pin, pin};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Context, Wake};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn poll<'a>(turn: &mut Pin<&mut impl Future<Output = Turn<'a>>>) -> Option<Turn<'a>> {
+        match turn.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(turn) => Some(turn),
+            Poll::Pending => None,
+        }
+    }
+
+    fn lead(turn: Option<Turn<'_>>) -> Round<'_> {
+        match turn {
+            Some(Turn::Lead(round)) => round,
+            Some(Turn::Done(result)) => panic!("done: {result:?}"),
+            None => panic!("waits"),
+        }
+    }
+
+    fn done(turn: Option<Turn<'_>>) -> Result<(), Errno> {
+        match turn {
+            Some(Turn::Done(result)) => result,
+            Some(Turn::Lead(_)) => panic!("leads"),
+            None => panic!("waits"),
+        }
+    }
+
+    #[test]
+    fn who_comes_late_is_in_the_next_round() {
+        let commit = Commit::default();
+        let [mut a, mut b, mut c] = [(); 3].map(|()| Box::pin(commit.turn()));
+        let [mut a, mut b, mut c] = [a.as_mut(), b.as_mut(), c.as_mut()];
+        let first = lead(poll(&mut a));
+        assert!(poll(&mut b).is_none() && poll(&mut c).is_none());
+        first.end(Ok(()));
+        // What `b` has written was perhaps not in the first round.
+        let second = lead(poll(&mut b));
+        assert!(poll(&mut c).is_none());
+        second.end(Ok(()));
+        assert_eq!(done(poll(&mut c)), Ok(()));
+    }
+
+    #[test]
+    fn errors_are_for_those_in_the_round() {
+        let commit = Commit::default();
+        let (mut a, mut in_second) = (pin!(commit.turn()), pin!(commit.turn()));
+        let (mut leader, mut in_third) = (pin!(commit.turn()), pin!(commit.turn()));
+        let first = lead(poll(&mut a));
+        assert!(poll(&mut leader).is_none() && poll(&mut in_second).is_none());
+        first.end(Err(Errno::ENOSPC));
+        let second = lead(poll(&mut leader));
+        assert!(poll(&mut in_second).is_none() && poll(&mut in_third).is_none());
+        // Nobody says how it ended.
+        drop(second);
+        assert_eq!(done(poll(&mut in_second)), Err(Errno::EIO));
+        lead(poll(&mut in_third)).end(Ok(()));
+        let mut later = pin!(commit.turn());
+        lead(poll(&mut later)).end(Ok(()));
+    }
+
+    #[test]
+    fn a_round_that_was_none_is_told_to_nobody() {
+        let commit = Commit::default();
+        let (mut a, mut resize) = (pin!(commit.turn()), pin!(commit.turn()));
+        let (mut before, mut during) = (pin!(commit.turn()), pin!(commit.turn()));
+        let first = lead(poll(&mut a));
+        assert!(poll(&mut resize).is_none() && poll(&mut before).is_none());
+        first.end(Err(Errno::ENOSPC));
+        let none = lead(poll(&mut resize));
+        assert!(poll(&mut before).is_none() && poll(&mut during).is_none());
+        none.cancel();
+        let round = lead(poll(&mut before));
+        assert!(poll(&mut during).is_none());
+        round.end(Ok(()));
+        // It came before that round; the next one tells it, whoever leads that.
+        match poll(&mut during) {
+            Some(Turn::Done(result)) => assert_eq!(result, Ok(())),
+            turn => lead(turn).end(Ok(())),
+        }
+        let mut later = pin!(commit.turn());
+        lead(poll(&mut later)).end(Ok(()));
+    }
+
+    #[test]
+    fn everybody_is_woken_and_nobody_need_come() {
+        let commit = Commit::default();
+        let woken = [(); 2].map(|()| Arc::new(Woken::default()));
+        let wakers = woken.clone().map(Waker::from);
+        let mut a = pin!(commit.turn());
+        let first = lead(poll(&mut a));
+        let mut stays = pin!(commit.turn());
+        {
+            let mut goes = pin!(commit.turn());
+            assert!(goes.as_mut().poll(&mut Context::from_waker(&wakers[0])).is_pending());
+            assert!(stays.as_mut().poll(&mut Context::from_waker(&wakers[1])).is_pending());
+            assert!(stays.as_mut().poll(&mut Context::from_waker(&wakers[1])).is_pending());
+        }
+        first.end(Ok(()));
+        assert_eq!(woken.map(|w| w.0.load(Ordering::Relaxed)), [1, 1]);
+        lead(poll(&mut stays)).end(Ok(()));
+    }
+}

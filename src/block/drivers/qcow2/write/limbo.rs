@@ -83,3 +83,75 @@ impl Limbo {
         self.waiting.is_empty() && self.ready.is_empty()
     }
 }
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::rt::grace;
+
+    fn freed(cluster: u64) -> Freed {
+        Freed { cluster, discard: false, table: false }
+    }
+
+    fn taken(limbo: &mut Limbo, grace: &Domain) -> Vec<u64> {
+        limbo.take(grace).iter().map(|f| f.cluster).collect()
+    }
+
+    #[test]
+    fn a_flush_settles_what_was_freed_before_it() {
+        let (mut limbo, grace) = (Limbo::default(), Domain::default());
+        limbo.push(freed(1), grace.tag());
+        assert!(taken(&mut limbo, &grace).is_empty());
+        let first = limbo.begin_flush();
+        limbo.push(freed(2), grace.tag());
+        assert!(taken(&mut limbo, &grace).is_empty());
+        limbo.settle(first);
+        assert_eq!(taken(&mut limbo, &grace), [1]);
+        assert_eq!((limbo.len(), limbo.is_empty()), (1, false));
+        let second = limbo.begin_flush();
+        limbo.settle(second);
+        assert_eq!(taken(&mut limbo, &grace), [2]);
+        assert!(limbo.is_empty());
+    }
+
+    #[test]
+    fn a_flush_that_fails_settles_nothing_and_the_next_one_all() {
+        let (mut limbo, grace) = (Limbo::default(), Domain::default());
+        for n in 1..=3 {
+            limbo.push(freed(n), grace.tag());
+            let _fails = limbo.begin_flush();
+            assert!(taken(&mut limbo, &grace).is_empty());
+        }
+        limbo.push(freed(4), grace.tag());
+        let good = limbo.begin_flush();
+        limbo.push(freed(5), grace.tag());
+        limbo.settle(good);
+        assert_eq!(taken(&mut limbo, &grace), [1, 2, 3, 4]);
+        let _fails = limbo.begin_flush();
+        assert!(taken(&mut limbo, &grace).is_empty());
+        assert_eq!(limbo.len(), 1);
+    }
+
+    #[test]
+    fn a_request_under_way_holds_what_it_may_have_found() {
+        let (mut limbo, grace) = (Limbo::default(), Arc::new(Domain::default()));
+        let early = grace::enter(&grace);
+        limbo.push(freed(1), grace.tag());
+        let flush = limbo.begin_flush();
+        limbo.settle(flush);
+        assert!(taken(&mut limbo, &grace).is_empty());
+        let late = grace::enter(&grace);
+        limbo.push(freed(2), grace.tag());
+        let flush = limbo.begin_flush();
+        limbo.settle(flush);
+        limbo.push_ready([freed(3)]);
+        // What nobody has ever seen waits for nobody.
+        assert_eq!(taken(&mut limbo, &grace), [3]);
+        drop(early);
+        drop(late);
+        assert_eq!(taken(&mut limbo, &grace), [1, 2]);
+    }
+}

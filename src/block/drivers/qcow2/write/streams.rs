@@ -179,3 +179,157 @@ impl Streams {
         any
     }
 }
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::super::super::refcount::rig::{Rig, geometry};
+    use super::*;
+
+    /// The streams, the allocator, and where each guest cluster is.
+    struct Bed {
+        rig: Rig,
+        streams: Streams,
+        places: BTreeMap<u64, u64>,
+        random: u64,
+    }
+
+    impl Bed {
+        fn new(cluster_bits: u32, room: u64) -> Bed {
+            let rig = Rig::new(geometry(cluster_bits, 4), 1, 0, room, 4);
+            let streams = Streams::new(cluster_bits);
+            Bed { rig, streams, places: BTreeMap::new(), random: 1 }
+        }
+
+        fn below(&mut self, n: u64) -> u64 {
+            self.random = self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (self.random >> 33) % n
+        }
+
+        /// Clusters for a write; whether there was room for all of it.
+        fn write(&mut self, guest: u64, count: u64) -> bool {
+            let mut at = guest;
+            while at < guest + count {
+                let (streams, want) = (&mut self.streams, guest + count - at);
+                let run = match self.rig.ask(|refs| streams.allocate(refs, at, want)) {
+                    Some(run) => run,
+                    // As whoever finds no room does.
+                    None if self.streams.close(&mut self.rig.refs) => continue,
+                    None => return false,
+                };
+                self.rig.check_run(run, want);
+                self.rig.fill(run.first, run.count);
+                for n in 0..run.count {
+                    self.rig.model.insert(run.first + n, 1);
+                    self.places.insert(at + n, run.first + n);
+                }
+                at += run.count;
+            }
+            true
+        }
+
+        fn free(&mut self, guest: u64) {
+            if let Some(host) = self.places.remove(&guest) {
+                self.rig.release(host);
+            }
+        }
+
+        /// Closes the streams; everything that is not in use can be had then.
+        fn close(mut self) {
+            self.streams.close(&mut self.rig.refs);
+            assert!(!self.streams.close(&mut self.rig.refs));
+            while self.rig.allocate(1 << 20, None).is_some() {}
+            let known = |c: &u64| self.rig.model.contains_key(c) || self.rig.metadata.contains(c);
+            // Cluster 0 is the header; a block takes no last cluster for itself alone.
+            let lost: Vec<u64> = (1..self.rig.limit).filter(|c| !known(c)).collect();
+            assert!(lost.is_empty(), "set aside for ever: {lost:?}");
+        }
+
+        /// How many pairs of neighbours of `[first, end)` are not neighbours on the host.
+        fn breaks(&self, first: u64, end: u64) -> usize {
+            let next = |n: &u64| self.places[n] + 1 != self.places[&(n + 1)];
+            (first..end - 1).filter(next).count()
+        }
+    }
+
+    #[test]
+    fn queues_that_overtake_each_other_end_up_in_order() {
+        let mut bed = Bed::new(16, 4000);
+        for n in 0..4 {
+            bed.write(n, 1);
+        }
+        // Somebody else's clusters come in between.
+        for batch in 1..200 {
+            for n in [2, 0, 3, 1] {
+                assert!(bed.write(batch * 4 + n, 1));
+            }
+            bed.write(50_000 + 1000 * batch, 1);
+        }
+        let breaks = bed.breaks(4, 800);
+        // One per window, and the first steps.
+        assert!(breaks < 20, "{breaks}");
+        bed.close();
+    }
+
+    #[test]
+    fn more_streams_than_windows() {
+        let mut bed = Bed::new(16, 30_000);
+        let streams = 2 * WINDOWS as u64;
+        for n in 0..60 {
+            for stream in 0..streams {
+                assert!(bed.write(stream * 10_000 + n, 1));
+            }
+        }
+        assert_eq!(bed.streams.windows.len(), WINDOWS);
+        bed.close();
+    }
+
+    /// A place of a window that was used and freed belongs to whoever gets it next.
+    #[test]
+    fn freed_and_written_again() {
+        let mut bed = Bed::new(16, 2000);
+        for n in 0..40 {
+            bed.write(n, 1);
+        }
+        assert!(!bed.streams.windows.is_empty());
+        let old: Vec<u64> = (20..40).map(|n| bed.places[&n]).collect();
+        (20..40).for_each(|n| bed.free(n));
+        for n in 0..20 {
+            assert!(bed.write(1000 + n * 7, 1));
+        }
+        assert!((0..20).any(|n| old.contains(&bed.places[&(1000 + n * 7)])));
+        for n in 20..60 {
+            assert!(bed.write(n, 1));
+        }
+        bed.close();
+    }
+
+    #[test]
+    fn nothing_is_lost_whatever_happens() {
+        for seed in 1..12 {
+            let mut bed = Bed::new([9, 12, 16][seed as usize % 3], 700 + seed * 100);
+            bed.random = seed;
+            let mut heads = [0, 400, 800, 1200, 5000, 9000];
+            for _ in 0..800 {
+                let at = bed.below(6) as usize;
+                match bed.below(10) {
+                    0..6 => {
+                        let count = 1 + bed.below(6);
+                        (heads[at]..heads[at] + count).for_each(|n| bed.free(n));
+                        bed.write(heads[at], count);
+                        heads[at] += count;
+                    }
+                    6 => heads[at] = heads[at].saturating_sub(bed.random >> 56 & 63),
+                    7..9 => {
+                        let first = bed.below(2000);
+                        (first..first + 20).for_each(|n| bed.free(n));
+                    }
+                    _ => drop(bed.streams.close(&mut bed.rig.refs)),
+                }
+            }
+            bed.close();
+        }
+    }
+}

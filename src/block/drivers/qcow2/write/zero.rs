@@ -138,7 +138,8 @@ impl Image {
         Ok(())
     }
 
-    fn raw_data_file(&self) -> bool {
+    /// Whether the external data file alone shows what the guest sees.
+    pub fn raw_data_file(&self) -> bool {
         self.geometry.data_file && self.header.autoclear.contains(Autoclear::DATA_FILE_RAW)
     }
 
@@ -195,7 +196,11 @@ impl Image {
         Ok(())
     }
 
-    async fn write_zero_bytes(&self, w: &Writing, at: u64, len: u64) -> Result<(), Errno> {
+    /// Zeroes as data.
+    ///
+    /// # Errors
+    /// As [`Image::write`].
+    pub async fn write_zero_bytes(&self, w: &Writing, at: u64, len: u64) -> Result<(), Errno> {
         let align = self.data().driver().limits().mem_align.max(512) as usize;
         let buffer = Buffer::new(usize::try_from(len).map_err(|_| Errno::EIO)?, align);
         let iov = [buffer.iovec()];
