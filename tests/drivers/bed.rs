@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -208,7 +209,16 @@ impl TinyTmpfs {
 
 impl Drop for TinyTmpfs {
     fn drop(&mut self) {
-        let done = Command::new("umount").arg(self.0.path()).status();
-        assert!(done.is_ok_and(|s| s.success()) || std::thread::panicking());
+        // A loop device over a file in here goes some time after it was told to: when nobody has it open any more, a
+        // child of another test among them.
+        let start = Instant::now();
+        loop {
+            let done = Command::new("umount").arg("-q").arg(self.0.path()).status();
+            if done.is_ok_and(|s| s.success()) || std::thread::panicking() {
+                return;
+            }
+            assert!(start.elapsed() < Duration::from_secs(20), "the tmpfs is still in use");
+            std::thread::yield_now();
+        }
     }
 }
