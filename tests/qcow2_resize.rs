@@ -35,6 +35,7 @@ fn open(dirs: &Dirs) -> Open {
 
 fn close(open: Open) {
     rt::block_on(open.node().close()).unwrap();
+    drop(open);
 }
 
 async fn write(node: &Node, offset: u64, bytes: &[u8]) {

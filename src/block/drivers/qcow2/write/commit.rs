@@ -143,6 +143,7 @@ mod tests {
         }
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "as `lead`")]
     fn done(turn: Option<Turn<'_>>) -> Result<(), Errno> {
         match turn {
             Some(Turn::Done(result)) => result,

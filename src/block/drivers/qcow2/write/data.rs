@@ -188,7 +188,8 @@ impl Image {
         }
         iov.extend(from.iter());
         // Nobody sees what is behind the disk's end; a data file may end there.
-        let end = fill.write.end.min(fill.data.end.max(self.len()));
+        let disk = self.len().max(w.growing_to.load(Ordering::SeqCst));
+        let end = fill.write.end.min(fill.data.end.max(disk));
         if fill.tail != Pad::Nothing && end > fill.data.end {
             iov.extend(part(fill.data.end, end));
         }

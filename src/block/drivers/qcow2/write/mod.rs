@@ -78,6 +78,8 @@ pub struct Writing {
     l2_tables: Flights,
     /// The image file being made longer (key 0).
     growth: Flights,
+    /// The disk shall be so long: new clusters are filled up to there.
+    growing_to: AtomicU64,
     /// The file cannot be made longer in advance: writes do so.
     no_windows: AtomicBool,
     /// When does nobody use a freed cluster any more.
@@ -178,6 +180,7 @@ impl Writing {
             blocks: Flights::default(),
             l2_tables: Flights::default(),
             growth: Flights::default(),
+            growing_to: AtomicU64::new(0),
             no_windows: AtomicBool::new(false),
             entangled,
             hurry: AtomicBool::new(false),

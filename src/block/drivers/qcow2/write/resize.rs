@@ -1,7 +1,9 @@
 //! A longer disk.
 #![forbid(unsafe_code)]
 
+use std::future::poll_fn;
 use std::sync::atomic::Ordering;
+use std::task::Poll;
 
 use super::Writing;
 use super::commit::Turn;
@@ -96,6 +98,18 @@ impl Image {
         let cluster = g.cluster_size();
         let boundary = old.next_multiple_of(cluster).min(new);
         if old < boundary {
+            // New clusters are filled up to the end of the disk: those under way, to the old one.
+            w.growing_to.store(new, Ordering::SeqCst);
+            let last = old >> g.cluster_bits;
+            poll_fn(|cx| {
+                let mut meta = w.lock();
+                if meta.busy.free(last, 1) > 0 {
+                    return Poll::Ready(());
+                }
+                meta.busy.wait(last, cx.waker());
+                Poll::Pending
+            })
+            .await;
             self.cached_if_there(GuestOffset(old)).await?;
             if !self.reads_as_zero(old, boundary) {
                 self.write_zero_bytes(w, old, boundary - old).await?;

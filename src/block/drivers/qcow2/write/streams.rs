@@ -242,7 +242,7 @@ mod tests {
             assert!(!self.streams.close(&mut self.rig.refs));
             while self.rig.allocate(1 << 20, None).is_some() {}
             let known = |c: &u64| self.rig.model.contains_key(c) || self.rig.metadata.contains(c);
-            // Cluster 0 is the header; a block takes no last cluster for itself alone.
+            // Cluster 0 is the header.
             let lost: Vec<u64> = (1..self.rig.limit).filter(|c| !known(c)).collect();
             assert!(lost.is_empty(), "set aside for ever: {lost:?}");
         }
@@ -256,28 +256,28 @@ mod tests {
 
     #[test]
     fn queues_that_overtake_each_other_end_up_in_order() {
-        let mut bed = Bed::new(16, 4000);
+        let mut bed = Bed::new(16, 800);
         for n in 0..4 {
             bed.write(n, 1);
         }
         // Somebody else's clusters come in between.
-        for batch in 1..200 {
+        for batch in 1..100 {
             for n in [2, 0, 3, 1] {
                 assert!(bed.write(batch * 4 + n, 1));
             }
             bed.write(50_000 + 1000 * batch, 1);
         }
-        let breaks = bed.breaks(4, 800);
+        let breaks = bed.breaks(4, 400);
         // One per window, and the first steps.
-        assert!(breaks < 20, "{breaks}");
+        assert!(breaks < 12, "{breaks}");
         bed.close();
     }
 
     #[test]
     fn more_streams_than_windows() {
-        let mut bed = Bed::new(16, 30_000);
+        let mut bed = Bed::new(16, 2500);
         let streams = 2 * WINDOWS as u64;
-        for n in 0..60 {
+        for n in 0..30 {
             for stream in 0..streams {
                 assert!(bed.write(stream * 10_000 + n, 1));
             }
@@ -289,7 +289,7 @@ mod tests {
     /// A place of a window that was used and freed belongs to whoever gets it next.
     #[test]
     fn freed_and_written_again() {
-        let mut bed = Bed::new(16, 2000);
+        let mut bed = Bed::new(16, 300);
         for n in 0..40 {
             bed.write(n, 1);
         }
@@ -308,11 +308,11 @@ mod tests {
 
     #[test]
     fn nothing_is_lost_whatever_happens() {
-        for seed in 1..12 {
-            let mut bed = Bed::new([9, 12, 16][seed as usize % 3], 700 + seed * 100);
+        for seed in 1..4 {
+            let mut bed = Bed::new([9, 10, 16][seed as usize % 3], 200 + seed * 60);
             bed.random = seed;
             let mut heads = [0, 400, 800, 1200, 5000, 9000];
-            for _ in 0..800 {
+            for _ in 0..400 {
                 let at = bed.below(6) as usize;
                 match bed.below(10) {
                     0..6 => {
