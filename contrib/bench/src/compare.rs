@@ -361,6 +361,7 @@ fn once(plan: &Plan, program: &Program, case: &Case, job: &Job) -> Result<Report
     let blockdev = case.blockdev(&plan.dir);
     let mut backend = program.start(&blockdev, case.queues(), &plan.dir).map_err(text)?;
     let mut client = idle::connect(&mut backend, job.options())?;
+    case.back_memory();
     let report = load::run(job, &mut client, Some(backend.pid())).map_err(|e| e.to_string())?;
     if report.errors > 0 {
         return Err(format!("{} requests failed", report.errors));

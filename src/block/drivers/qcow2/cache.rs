@@ -69,6 +69,13 @@ pub struct Shape {
     pub slots: u32,
 }
 
+impl Shape {
+    /// The length of a slice in bytes.
+    pub fn slice_bytes(&self) -> u64 {
+        u64::from(self.entries) * u64::from(self.entry_words) * 8
+    }
+}
+
 /// Which slice a slot holds, and whether it may be evicted.
 struct Slot {
     /// [`NO_SLICE`]: the slot is free.

@@ -204,17 +204,23 @@ mod model {
         }
     }
 
+    /// An entry of two words, both 1, that another thread makes 2.
+    fn two_words_being_stored() -> (Arc<SliceCache>, loom::thread::JoinHandle<()>) {
+        let shape = Shape { slices: 1, entries: 1, entry_words: 2, slots: 1 };
+        let cache = Arc::new(SliceCache::new(shape).unwrap());
+        cache.fill(0, &bytes(&[1, 1])).unwrap();
+        let writer = Arc::clone(&cache);
+        let writer = loom::thread::spawn(move || {
+            assert!(writer.store(0, 0, &[L2Entry { word: 2, bitmap: 2 }]));
+        });
+        (cache, writer)
+    }
+
     /// An entry of two words is replaced as one.
     #[test]
     fn no_torn_entries() {
         loom::model(|| {
-            let shape = Shape { slices: 1, entries: 1, entry_words: 2, slots: 1 };
-            let cache = Arc::new(SliceCache::new(shape).unwrap());
-            cache.fill(0, &bytes(&[1, 1])).unwrap();
-            let writer = Arc::clone(&cache);
-            let writer = loom::thread::spawn(move || {
-                assert!(writer.store(0, 0, &[L2Entry { word: 2, bitmap: 2 }]));
-            });
+            let (cache, writer) = two_words_being_stored();
             if let Some(e) = cache.get(0, 0) {
                 assert_eq!(e.word, e.bitmap);
             }
@@ -271,13 +277,7 @@ mod model {
     #[test]
     fn a_store_is_no_miss_for_who_asks_surely() {
         loom::model(|| {
-            let shape = Shape { slices: 1, entries: 1, entry_words: 2, slots: 1 };
-            let cache = Arc::new(SliceCache::new(shape).unwrap());
-            cache.fill(0, &bytes(&[1, 1])).unwrap();
-            let writer = Arc::clone(&cache);
-            let writer = loom::thread::spawn(move || {
-                assert!(writer.store(0, 0, &[L2Entry { word: 2, bitmap: 2 }]));
-            });
+            let (cache, writer) = two_words_being_stored();
             let e = cache.get_surely(0, 0).expect("it is cached");
             assert_eq!(e.word, e.bitmap);
             writer.join().unwrap();

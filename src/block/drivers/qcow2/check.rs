@@ -25,7 +25,7 @@ mod bitmaps;
 mod compare;
 mod copied;
 mod counts;
-mod disk;
+pub(super) mod disk;
 mod overlap;
 mod rebuild;
 mod refcounts;
@@ -161,10 +161,8 @@ impl Drop for Log {
 /// # Errors
 /// In QEMU's words: it is not qcow2, or so broken that a check cannot begin.
 pub async fn read_header(file: &Node) -> crate::error::Result<Header> {
-    let disk = Disk::new(file);
-    let cannot = |e| Error::from_errno("Could not read qcow2 header", e);
-    let first = disk.read(0, 512).await.map_err(cannot)?;
-    let cluster0 = disk.read(0, Header::extent(&first)).await.map_err(cannot)?;
+    let cluster0 = Disk::new(file).read_cluster0().await;
+    let cluster0 = cluster0.map_err(|e| Error::from_errno("Could not read qcow2 header", e))?;
     Header::read(&cluster0, Purpose::Check)
 }
 

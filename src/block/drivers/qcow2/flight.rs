@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::future::poll_fn;
 use std::sync::{Mutex, PoisonError};
 use std::task::{Poll, Waker};
@@ -50,6 +51,16 @@ impl Flights {
             }
         })
         .await
+    }
+}
+
+impl Flights {
+    /// Waits until nobody else has `key`: a turn without anything to be found.
+    pub async fn alone(&self, key: u64) -> Flight<'_> {
+        match self.turn(key, || None::<Infallible>).await {
+            Turn::Mine(flight) => flight,
+            Turn::Found(never) => match never {},
+        }
     }
 }
 

@@ -11,7 +11,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::check::Disk;
-use super::flight::{Flight, Flights, Turn};
+use super::flight::Flights;
 use super::header::{Autoclear, Header, Incompatible};
 use super::layout::HostOffset;
 use super::write::mutation::{Mutation, broken};
@@ -130,7 +130,7 @@ impl HeaderIo {
         if self.version < 3 || done() {
             return Ok(());
         }
-        let _turn = self.turn().await;
+        let _turn = self.turns.alone(0).await;
         if done() {
             return Ok(());
         }
@@ -147,20 +147,12 @@ impl HeaderIo {
     }
 
     async fn put(&self, file: &Node, at: u64, field: &[u8]) -> Result<(), Errno> {
-        let _turn = self.turn().await;
+        let _turn = self.turns.alone(0).await;
         if !broken(Mutation::NoFlushBeforeHeader) {
             Disk::new(file).flush().await?;
         }
         Disk::new(file).write(at, field).await?;
         Disk::new(file).flush().await
-    }
-
-    /// Waits until nobody else writes to the header.
-    async fn turn(&self) -> Flight<'_> {
-        match self.turns.turn(0, || None::<std::convert::Infallible>).await {
-            Turn::Mine(turn) => turn,
-            Turn::Found(never) => match never {},
-        }
     }
 }
 

@@ -247,7 +247,7 @@ impl Driver for Qcow2 {
         let mut options = self.0.choices.in_force();
         let cache = &self.0.cache;
         let shape = cache.shape();
-        let slice = u64::from(shape.entries) * u64::from(shape.entry_words) * 8;
+        let slice = shape.slice_bytes();
         options.insert("l2-cache-size".into(), (u64::from(shape.slots) * slice).into());
         options.insert("l2-cache-entry-size".into(), slice.into());
         options.insert("l2-cache-used".into(), Value::from(cache.bytes_used()));

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::cache::SliceCache;
+use super::check::disk::Disk;
 use super::compressed::Decompressor;
 use super::flight::Flights;
 use super::header::{Autoclear, Header, Incompatible, Purpose};
@@ -16,11 +17,10 @@ use super::read::Corruption;
 use super::tidy::Tidy;
 use super::write::Writing;
 use super::{Image, Qcow2};
-use crate::block::{Driver, Edge, Node, Op, OpenArgs, Role};
+use crate::block::{Driver, Edge, Node, OpenArgs, Role};
 use crate::err;
 use crate::error::{Errno, Error, Result};
-use crate::mem::Sg;
-use crate::rt::{self, Buffer};
+use crate::rt;
 
 /// Opens a node.
 ///
@@ -89,43 +89,20 @@ fn to_usize(n: u64) -> Result<usize> {
     usize::try_from(n).map_err(|_| Error::from_errno("Image is too big", Errno(libc::EFBIG)))
 }
 
-/// Reads `len` bytes of `node`; what is beyond its end is left out.
-fn read_up_to(node: &Node, offset: u64, len: u64) -> std::result::Result<Vec<u8>, Errno> {
-    let len = len.min(node.len().saturating_sub(offset));
-    let len = usize::try_from(len).map_err(|_| Errno(libc::ENOMEM))?;
-    if len == 0 {
-        return Ok(Vec::new());
-    }
-    let align = node.driver().limits().mem_align.max(512) as usize;
-    let buffer = Buffer::new(len, align);
-    let iov = [buffer.iovec()];
-    rt::block_on(node.submit(Op::Read { offset, to: Sg::new(&iov) }))?;
-    Ok(buffer.bytes().to_vec())
-}
-
 /// The bytes of cluster 0, filled up with zeroes where the file ends earlier.
 pub fn read_header(file: &Node) -> Result<Vec<u8>> {
-    let read = |len: usize| {
-        let mut bytes = read_up_to(file, 0, len as u64)
-            .map_err(|e| Error::from_errno("Could not read qcow2 header", e))?;
-        bytes.resize(len, 0);
-        Ok(bytes)
-    };
-    let first: Vec<u8> = read(512)?;
-    match Header::extent(&first) {
-        512 => Ok(first),
-        len => read(len),
-    }
+    rt::block_on(Disk::new(file).read_cluster0())
+        .map_err(|e| Error::from_errno("Could not read qcow2 header", e))
 }
 
 /// The active L1 table. One that is not wholly in the file is an error: QEMU would take the rest for unallocated.
 pub fn read_l1(file: &Node, header: &Header) -> Result<L1Table> {
     let (offset, len) = (header.l1_table_offset.0, u64::from(header.l1_size) * 8);
-    let bytes = read_up_to(file, offset, len)
-        .map_err(|e| Error::from_errno("Could not read L1 table", e))?;
-    if (bytes.len() as u64) < len {
+    if file.len().saturating_sub(offset) < len {
         return Err(err!("Could not read L1 table: it lies beyond the end of the image file"));
     }
+    let bytes = rt::block_on(Disk::new(file).read(offset, to_usize(len)?))
+        .map_err(|e| Error::from_errno("Could not read L1 table", e))?;
     L1Table::parse(&bytes).map_err(|e| Error::from_errno("Could not read L1 table", e))
 }
 

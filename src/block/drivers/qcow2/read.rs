@@ -8,13 +8,14 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Image;
+use super::check::disk::Disk;
 use super::flight::Turn;
 use super::layout::{
     BadEntry, CompressedData, GuestOffset, Hex, HostOffset, L1Entry, L2Entry, Mapping, Subcluster,
     subcluster,
 };
 use crate::block::driver::{ResolveFuture, Resolver};
-use crate::block::{IoFuture, Map, Node, Op};
+use crate::block::{IoFuture, Map, Node};
 use crate::error::Errno;
 use crate::mem::Sg;
 use crate::rt::{Buffer, grace};
@@ -124,12 +125,24 @@ impl Image {
 
     /// The place of `guest` by its cluster's `mapping`, and how far it goes on, over cached entries, up to `len`.
     fn extent(&self, mapping: Mapping, guest: GuestOffset, len: u64) -> (Place, u64) {
+        self.extent_of(mapping, guest, len, |_| true)
+    }
+
+    /// As [`Image::extent`], as far as the clusters that follow are such as `goes_on` wants them.
+    #[inline]
+    pub fn extent_of(
+        &self,
+        mapping: Mapping,
+        guest: GuestOffset,
+        len: u64,
+        goes_on: impl Fn(Mapping) -> bool,
+    ) -> (Place, u64) {
         let (place, mut n) = self.run(mapping, guest, len);
         while n < len {
             let next = guest.plus(n);
             let Some(Ok(mapping)) = self.look_up(next) else { break };
             let (more, m) = self.run(mapping, next, len - n);
-            if !place.continues_with(n, more) {
+            if !goes_on(mapping) || !place.continues_with(n, more) {
                 break;
             }
             n += m;
@@ -201,28 +214,36 @@ impl Image {
         L2Entry { word, bitmap: words.next().unwrap_or(0) }
     }
 
+    /// The L2 table that entry `l1_index` of the L1 table leads to.
+    ///
+    /// # Errors
+    /// EIO: the entry is bad.
+    pub fn table_of(&self, l1_index: u64) -> Result<Option<HostOffset>, Errno> {
+        let entry = L1Entry::decode(self.l1.get(l1_index), &self.geometry);
+        entry.map(|e| e.table).map_err(|bad| self.corrupt_table(bad, l1_index))
+    }
+
+    /// Where a slice is in the file: its table, and how far into that, in bytes.
+    ///
+    /// # Errors
+    /// EIO: there is no table, or a bad one.
+    pub fn place_of(&self, slice: u64) -> Result<(HostOffset, u64), Errno> {
+        let bytes = self.cache.shape().slice_bytes();
+        let per_table = self.geometry.cluster_size() / bytes;
+        // None: somebody has freed the table since the look-up.
+        let table = self.table_of(slice / per_table)?.ok_or(Errno::EIO)?;
+        Ok((table, slice % per_table * bytes))
+    }
+
     /// Reads the slice of `guest`'s L2 table from the file: one transfer.
     pub async fn read_slice(&self, slice: u64, guest: GuestOffset) -> Result<Buffer, Errno> {
-        let shape = self.cache.shape();
-        let bytes = u64::from(shape.entries) * u64::from(shape.entry_words) * 8;
-        let l1_index = self.geometry.l1_index(guest);
-        let table = L1Entry::decode(self.l1.get(l1_index), &self.geometry);
-        let table = match table {
-            Ok(L1Entry { table: Some(table), .. }) => table,
-            // Somebody has freed the table since the look-up.
-            Ok(L1Entry { table: None, .. }) => return Err(Errno::EIO),
-            Err(bad) => return Err(self.corrupt_table(bad, l1_index)),
-        };
-        let per_table = self.geometry.cluster_size() / bytes;
-        let at = table.plus(slice % per_table * bytes);
+        let bytes = self.cache.shape().slice_bytes();
+        let (table, inside) = self.place_of(slice)?;
+        let at = table.plus(inside);
         if at.0 + bytes > self.file().len() {
-            return Err(self.table_beyond_end(table, l1_index));
+            return Err(self.table_beyond_end(table, self.geometry.l1_index(guest)));
         }
-        let align = self.file().driver().limits().mem_align.max(512) as usize;
-        let buffer = Buffer::new(usize::try_from(bytes).map_err(|_| Errno::EIO)?, align);
-        let iov = [buffer.iovec()];
-        self.file().submit(Op::Read { offset: at.0, to: Sg::new(&iov) }).await?;
-        Ok(buffer)
+        Disk::new(self.file()).fetch(at.0, bytes).await
     }
 
     /// QEMU would read zeroes there: silent loss.
@@ -297,10 +318,7 @@ impl Image {
                 Hex(at)
             )));
         }
-        let align = self.file().driver().limits().mem_align.max(512) as usize;
-        let buffer = Buffer::new(usize::try_from(len).map_err(|_| Errno::EIO)?, align);
-        let iov = [buffer.iovec()];
-        self.file().submit(Op::Read { offset: at, to: Sg::new(&iov) }).await?;
+        let buffer = Disk::new(self.file()).fetch(at, len).await?;
         Ok(buffer.bytes().to_vec())
     }
 

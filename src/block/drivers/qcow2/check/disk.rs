@@ -4,6 +4,7 @@
 //! references by themselves. Writes past the end make the file longer.
 #![forbid(unsafe_code)]
 
+use super::super::header::Header;
 use crate::block::{Node, Op, WriteFlags};
 use crate::error::Errno;
 use crate::mem::Sg;
@@ -50,6 +51,32 @@ impl<'a> Disk<'a> {
             }
         }
         Ok(out)
+    }
+
+    /// The bytes that parsing the header wants: see [`Header::extent`].
+    pub(in super::super) async fn read_cluster0(&self) -> Result<Vec<u8>, Errno> {
+        let first = self.read(0, 512).await?;
+        match Header::extent(&first) {
+            512 => Ok(first),
+            len => self.read(0, len).await,
+        }
+    }
+
+    /// `len` bytes at `offset` in one transfer, without a copy: for what is known to be short and inside of the file.
+    pub(in super::super) async fn fetch(&self, offset: u64, len: u64) -> Result<Buffer, Errno> {
+        let buffer = Buffer::new(usize::try_from(len).map_err(|_| Errno::EIO)?, ALIGN);
+        let iov = [buffer.iovec()];
+        self.file.submit(Op::Read { offset, to: Sg::new(&iov) }).await?;
+        Ok(buffer)
+    }
+
+    /// Stores `bytes` at `offset` in one transfer: for what is known to be short and to have room.
+    pub(in super::super) async fn store(&self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let mut buffer = Buffer::new(bytes.len(), ALIGN);
+        buffer.bytes_mut().copy_from_slice(bytes);
+        let iov = [buffer.iovec()];
+        let flags = WriteFlags::empty();
+        self.file.submit(Op::Write { offset, from: Sg::new(&iov), flags }).await
     }
 
     /// `count` big-endian numbers at `offset`.

@@ -2,14 +2,15 @@
 #![forbid(unsafe_code)]
 
 use std::future::poll_fn;
+use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
-use std::task::Poll;
+use std::task::{Poll, Waker};
 
-use super::Writing;
 use super::limbo::Freed;
 use super::mutation::{Mutation, broken};
 use super::plan::{Fill, Need, Pad, Plan};
 use super::space::is_no_space;
+use super::{Meta, Writing};
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::layout::GuestOffset;
 use crate::block::walk::{self, Crew};
@@ -245,9 +246,7 @@ impl Image {
             self.touch(w);
             if self.cache.store(slice, index, &fill.entries) {
                 self.let_go(w, &mut meta, &fill.freed);
-                let waiting = meta.busy.end(fill.first);
-                drop(meta);
-                waiting.into_iter().for_each(std::task::Waker::wake);
+                end_busy(meta, fill);
                 return Ok(());
             }
             drop(meta);
@@ -268,8 +267,13 @@ impl Image {
             }
             meta.released += 1;
         }
-        let waiting = meta.busy.end(fill.first);
-        drop(meta);
-        waiting.into_iter().for_each(std::task::Waker::wake);
+        end_busy(meta, fill);
     }
+}
+
+/// The clusters of a fill are not busy any more; who waits is woken outside of the lock.
+fn end_busy(mut meta: MutexGuard<'_, Meta>, fill: &Fill) {
+    let waiting = meta.busy.end(fill.first);
+    drop(meta);
+    waiting.into_iter().for_each(Waker::wake);
 }

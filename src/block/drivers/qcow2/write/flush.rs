@@ -10,8 +10,8 @@
 //! 2. Data, and what was copied around it, reaches the disk before the L2 entry that leads there.
 //! 3. An entry that no longer leads to a cluster reaches the disk before the cluster's refcount drops, before the file is told to
 //!    forget it, and before anybody else may have it ([`super::limbo`]).
-//! 4. An L2 table, zeroed or copied whole, reaches the disk before the L1 entry that leads there; a refcount block before its entry in the refcount
-//!    table; a moved refcount table before the header says so.
+//! 4. An L2 table, zeroed or copied whole, reaches the disk before the L1 entry that leads there; a refcount block before
+//!    its entry in the refcount table; a moved refcount table before the header says so.
 //! 5. A guest's flush writes back everything that completed before it came.
 //! 6. The dirty and corrupt bits are stable before anything relies on them; the dirty bit goes last, at the orderly end.
 //! 7. Nobody writes data where metadata is ([`super::super::tables`]).
@@ -39,15 +39,14 @@ use std::sync::atomic::Ordering;
 use super::Writing;
 use super::commit::Turn;
 use super::mutation::{Mutation, broken};
+use crate::block::Op;
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::cache::SliceCopy;
-use crate::block::drivers::qcow2::layout::{HostOffset, L1Entry};
+use crate::block::drivers::qcow2::check::disk::Disk;
+use crate::block::drivers::qcow2::layout::HostOffset;
 use crate::block::drivers::qcow2::refcount::Snapshot;
 use crate::block::walk::Crew;
-use crate::block::{Node, Op, WriteFlags};
 use crate::error::Errno;
-use crate::mem::Sg;
-use crate::rt::Buffer;
 
 /// What one flush writes: how everything was at one moment.
 struct Copies {
@@ -146,20 +145,20 @@ impl Image {
         } else if !(entries && broken(Mutation::NoFlushBeforeL2)) {
             self.sync().await?;
         }
+        let disk = Disk::new(self.file());
         let mut crew = Crew::default();
         for copy in &copies.slices {
-            let live = broken(Mutation::LiveSlices);
-            let bytes = if live { self.live(copy) } else { copy.bytes.clone() };
             match self.place_of(copy.slice) {
-                Ok(at) => crew.add(Box::pin(write_bytes(self.file(), at, bytes))).await,
+                Ok((table, inside)) => {
+                    crew.add(Box::pin(self.write_slice(copy, table.plus(inside)))).await;
+                }
                 Err(e) => crew.failed(e),
             }
         }
         // An L1 entry was set when its table was complete on disk, by the first fdatasync stably so: it need not wait for slices.
         let (table, _) = self.l1_place();
         for (offset, bytes) in &copies.l1 {
-            let at = table.plus(*offset);
-            crew.add(Box::pin(write_bytes(self.file(), at, bytes.clone()))).await;
+            crew.add(Box::pin(disk.store(table.plus(*offset).0, bytes))).await;
         }
         crew.finish().await?;
         if entries && !broken(Mutation::NoLastFlush) {
@@ -179,9 +178,10 @@ impl Image {
         refcounts: &Snapshot,
         entries: bool,
     ) -> Result<(), Errno> {
+        let disk = Disk::new(self.file());
         let mut crew = Crew::default();
         for (at, bytes) in &refcounts.blocks {
-            crew.add(Box::pin(write_bytes(self.file(), *at, bytes.clone()))).await;
+            crew.add(Box::pin(disk.store(at.0, bytes))).await;
         }
         crew.finish().await?;
         let table_first = !refcounts.table.is_empty() && broken(Mutation::NoFlushBeforeReftable);
@@ -193,7 +193,7 @@ impl Image {
             return Ok(());
         }
         for (at, bytes) in &refcounts.table {
-            write_bytes(self.file(), *at, bytes.clone()).await?;
+            disk.store(at.0, bytes).await?;
         }
         match refcounts.header {
             // Flushes before and after.
@@ -219,16 +219,12 @@ impl Image {
         Ok(())
     }
 
-    /// Where a slice is on disk.
-    fn place_of(&self, slice: u64) -> Result<HostOffset, Errno> {
-        let shape = self.cache.shape();
-        let per_table = self.geometry.l2_entries() / u64::from(shape.entries);
-        let bytes = u64::from(shape.entries) * u64::from(shape.entry_words) * 8;
-        let word = self.l1.get(slice / per_table);
-        match L1Entry::decode(word, &self.geometry) {
-            Ok(L1Entry { table: Some(table), .. }) => Ok(table.plus(slice % per_table * bytes)),
-            _ => Err(Errno::EIO),
+    async fn write_slice(&self, copy: &SliceCopy, at: HostOffset) -> Result<(), Errno> {
+        let disk = Disk::new(self.file());
+        if broken(Mutation::LiveSlices) {
+            return disk.store(at.0, &self.live(copy)).await;
         }
+        disk.store(at.0, &copy.bytes).await
     }
 
     /// For [`Mutation::LiveSlices`].
@@ -281,7 +277,9 @@ impl Image {
             let end = end.max(grown_from);
             if end < self.file().len() {
                 // What is left over harms nobody.
-                let _ = self.file().truncate(end).await;
+                if let Err(e) = self.file().truncate(end).await {
+                    log::debug!("qcow2: cutting the file to {end}: {e}");
+                }
             }
         }
         if w.dirty_bit.swap(false, Ordering::Relaxed) {
@@ -289,14 +287,4 @@ impl Image {
         }
         Ok(())
     }
-}
-
-/// Writes metadata.
-async fn write_bytes(file: &Node, at: HostOffset, bytes: Vec<u8>) -> Result<(), Errno> {
-    let align = file.driver().limits().mem_align.max(512) as usize;
-    let mut buffer = Buffer::new(bytes.len(), align);
-    buffer.bytes_mut().copy_from_slice(&bytes);
-    let iov = [buffer.iovec()];
-    let flags = WriteFlags::empty();
-    file.submit(Op::Write { offset: at.0, from: Sg::new(&iov), flags }).await
 }

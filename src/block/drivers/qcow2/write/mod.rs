@@ -61,6 +61,11 @@ pub const WRITE_BACK_AFTER: Duration = Duration::from_secs(5);
 
 /// With more freed clusters than this on their way a flush does not wait for its time.
 const LIMBO_MAX: usize = 1 << 16;
+/// Keys of [`Writing::growth`]: the image file in advance; the guest's disk; the part of the file where tables may be made.
+const LONGER_FILE: u64 = 0;
+const LONGER_DISK: u64 = 1;
+const ROOM_FOR_TABLES: u64 = 2;
+
 /// The map of metadata has room for this many times the clusters of the file, or of the disk, at least for this many more; a bit
 /// of address space for each.
 const TABLES_FOR: u64 = 8;
@@ -76,7 +81,7 @@ pub struct Writing {
     blocks: Flights,
     /// L2 tables being made, by their index in the L1 table.
     l2_tables: Flights,
-    /// The image file being made longer (key 0).
+    /// What is being made longer: [`LONGER_FILE`], [`LONGER_DISK`], [`ROOM_FOR_TABLES`].
     growth: Flights,
     /// The disk shall be so long: new clusters are filled up to there.
     growing_to: AtomicU64,

@@ -97,27 +97,12 @@ impl Image {
     /// The bytes from `guest` on that may be overwritten where they are: their place and how many. Takes no lock.
     /// `None`: none, or it cannot be told without waiting, or somebody's tables are there.
     pub fn in_place(&self, w: &Writing, guest: GuestOffset, len: u64) -> Option<(HostOffset, u64)> {
-        let mut mapping = self.look_up(guest)?.ok()?;
-        let mut found: Option<(HostOffset, u64)> = None;
-        loop {
-            let done = found.map_or(0, |(_, n)| n);
-            let Mapping::Standard { copied: true, .. } = mapping else { break };
-            let (Place::Data(host), n) = self.run(mapping, guest.plus(done), len - done) else {
-                break;
-            };
-            match &mut found {
-                None => found = Some((host, n)),
-                Some((start, n)) if start.plus(*n) != host => break,
-                Some((_, total)) => *total += n,
-            }
-            let done = found.map_or(0, |(_, n)| n);
-            if done >= len {
-                break;
-            }
-            let Some(Ok(next)) = self.look_up(guest.plus(done)) else { break };
-            mapping = next;
+        let copied = |mapping| matches!(mapping, Mapping::Standard { copied: true, .. });
+        let mapping = self.look_up(guest)?.ok().filter(|mapping| copied(*mapping))?;
+        match self.extent_of(mapping, guest, len, copied) {
+            (Place::Data(host), n) if !self.is_metadata(w, host, n) => Some((host, n)),
+            _ => None,
         }
-        found.filter(|(host, n)| !self.is_metadata(w, *host, *n))
     }
 
     /// Whether any of `len` bytes at `host`, where guest data shall be written, belongs to metadata.
@@ -379,7 +364,7 @@ impl Image {
     }
 
     /// The subclusters of the cluster at `start` that `range` covers; bit 0 for a cluster without subclusters.
-    fn mask(&self, start: u64, range: &std::ops::Range<u64>) -> u32 {
+    pub fn mask(&self, start: u64, range: &std::ops::Range<u64>) -> u32 {
         let g = &self.geometry;
         let from = range.start.max(start) - start;
         let to = range.end.min(start + g.cluster_size()) - start;

@@ -5,10 +5,10 @@ use std::future::poll_fn;
 use std::sync::atomic::Ordering;
 use std::task::Poll;
 
-use super::Writing;
 use super::commit::Turn;
 use super::limbo::Freed;
-use super::space::{LoadError, is_no_space};
+use super::space::{LoadError, TRIES, is_no_space};
+use super::{LONGER_DISK, Writing};
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::header::Extension;
 use crate::block::drivers::qcow2::layout::{GuestOffset, HostOffset, Mapping};
@@ -19,9 +19,6 @@ use crate::error::Errno;
 use crate::mem::Sg;
 use crate::rt::Buffer;
 
-/// How often a table that found no room looks for another place.
-const TRIES: u32 = 3;
-
 impl Image {
     /// Makes the guest's disk `len` bytes long; what is added reads as zeroes, whatever a longer backing file has there.
     /// Requests go on meanwhile. After a crash the disk has the old length or the new one.
@@ -31,7 +28,7 @@ impl Image {
     /// sectors; EFBIG beyond what an L1 table can describe, or half a refcount block can describe of that, or what the
     /// caches were laid out for; ENOSPC; what the files say. The disk goes on with its old length.
     pub async fn resize(&self, w: &Writing, len: u64) -> Result<(), Errno> {
-        let _one_at_a_time = self.turn_to_resize(w).await;
+        let _one_at_a_time = w.growth.alone(LONGER_DISK).await;
         let old = self.len();
         if len == old {
             return Ok(());
@@ -64,18 +61,16 @@ impl Image {
         self.flush().await?;
         if let Err(e) = w.header.set_size(self.file(), len).await {
             // It may say either: the old length again, if that can be written.
-            let _ = w.header.set_size(self.file(), self.size.load(Ordering::Relaxed)).await;
+            let old = self.size.load(Ordering::Relaxed);
+            if let Err(e) = w.header.set_size(self.file(), old).await {
+                log::error!(
+                    "qcow2: the header may have the new size of the disk, or the old one: {e}"
+                );
+            }
             return Err(e);
         }
         self.size.store(len, Ordering::Relaxed);
         Ok(())
-    }
-
-    async fn turn_to_resize<'a>(&self, w: &'a Writing) -> Option<super::super::flight::Flight<'a>> {
-        match w.growth.turn(1, || None::<()>).await {
-            super::super::flight::Turn::Mine(flight) => Some(flight),
-            super::super::flight::Turn::Found(()) => None,
-        }
     }
 
     /// An external data file has room for the disk; a raw one shows zeroes where the disk was not before.

@@ -4,18 +4,17 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::Writing;
 use super::limbo::Freed;
 use super::zero::give_way;
-use crate::block::Op;
+use super::{LONGER_FILE, ROOM_FOR_TABLES, Writing};
 use crate::block::drivers::qcow2::Image;
+use crate::block::drivers::qcow2::check::disk::Disk;
 use crate::block::drivers::qcow2::flight::Turn;
 use crate::block::drivers::qcow2::layout::{HostOffset, OFFSET_MASK};
 use crate::block::drivers::qcow2::options::Overlap;
 use crate::block::drivers::qcow2::refcount::{Blocked, Damage};
 use crate::error::Errno;
-use crate::mem::Sg;
-use crate::rt::{self, Buffer};
+use crate::rt;
 
 /// By how much the file grows at a time: an eighth of its length between these, in bytes.
 const WINDOW_MIN: u64 = 1 << 20;
@@ -27,6 +26,8 @@ const BLOCK: u64 = 4096;
 /// Who finds no space while others still use clusters that were freed looks again after this time, this many times.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 const LOOKS: u32 = 500;
+/// How often a table that found no room looks for another place.
+pub const TRIES: u32 = 3;
 
 impl Image {
     /// Does what the allocator waits for.
@@ -69,11 +70,8 @@ impl Image {
             Turn::Found(()) => return Ok(()),
             Turn::Mine(flight) => flight,
         };
-        let len = self.geometry.cluster_size();
-        let align = self.file().driver().limits().mem_align.max(512) as usize;
-        let buffer = Buffer::new(usize::try_from(len).map_err(|_| Errno::EIO)?, align);
-        let iov = [buffer.iovec()];
-        self.file().submit(Op::Read { offset: offset.0, to: Sg::new(&iov) }).await?;
+        let disk = Disk::new(self.file());
+        let buffer = disk.fetch(offset.0, self.geometry.cluster_size()).await?;
         match w.lock().refcounts.load(index, buffer.bytes()) {
             Ok(()) => Ok(()),
             Err(Blocked::Corrupt(damage)) => Err(LoadError::Corrupt(damage)),
@@ -149,7 +147,12 @@ impl Image {
                 let result = meta.refcounts.release(next.cluster);
                 if let Ok(count) = &result {
                     meta.released += 1;
-                    if *count == 0 && next.table && !self.is_active_table(next.cluster) {
+                    // The look through the L1 table last: it is long.
+                    if *count == 0
+                        && next.table
+                        && !self.is_active_l1(next.cluster)
+                        && !self.is_active_l2(next.cluster)
+                    {
                         w.tables.remove(next.cluster, 1);
                     }
                     self.touch_refcounts(w);
@@ -180,13 +183,17 @@ impl Image {
         left
     }
 
-    /// Whether the L1 table still leads to `cluster`, or is there: in a broken image two entries may share a table.
-    fn is_active_table(&self, cluster: u64) -> bool {
+    /// Whether the L1 table is in `cluster`.
+    fn is_active_l1(&self, cluster: u64) -> bool {
         let (l1, len) = self.l1_place();
         let first = self.geometry.host_cluster(l1);
-        let at = cluster << self.geometry.cluster_bits;
         (first..first + len.div_ceil(self.geometry.cluster_size())).contains(&cluster)
-            || (0..self.l1.len()).any(|i| self.l1.get(i) & OFFSET_MASK == at)
+    }
+
+    /// Whether the L1 table leads to `cluster`: in a broken image two entries may do.
+    fn is_active_l2(&self, cluster: u64) -> bool {
+        let at = cluster << self.geometry.cluster_bits;
+        (0..self.l1.len()).any(|i| self.l1.get(i) & OFFSET_MASK == at)
     }
 
     /// Old refcount tables that the header no longer points to.
@@ -210,11 +217,10 @@ impl Image {
         }
     }
 
-    /// Lets the file forget the content of clusters that nobody uses any more.
+    /// Lets the file forget the content of clusters, in order, that nobody uses any more.
     async fn discard_freed(&self, w: &Writing, freed: &[Freed]) {
         let mut clusters: Vec<u64> =
             freed.iter().filter(|f| f.discard).map(|f| f.cluster).collect();
-        clusters.sort_unstable();
         clusters.dedup();
         let bits = self.geometry.cluster_bits;
         let mut at = 0;
@@ -228,12 +234,7 @@ impl Image {
                 at += 1;
                 count += 1;
             }
-            let (offset, len) = (first << bits, count << bits);
-            let len = len.min(self.file().len().saturating_sub(offset));
-            // A hint: what fails is not forgotten, that is all.
-            if len > 0 {
-                let _ = self.file().submit(Op::Discard { offset, len }).await;
-            }
+            Disk::new(self.file()).discard(first << bits, count << bits).await;
             at += usize::from(count == 0);
         }
     }
@@ -258,22 +259,22 @@ impl Image {
     async fn room_for_tables(&self, w: &Writing, first: u64, count: u64) -> Result<(), Errno> {
         let end = first + count;
         let enough = || (w.lock().refcounts.room() >= end).then_some(());
-        let _flight = match w.growth.turn(2, enough).await {
+        let _flight = match w.growth.turn(ROOM_FOR_TABLES, enough).await {
             Turn::Found(()) => return Ok(()),
             Turn::Mine(flight) => flight,
         };
         let bits = self.geometry.cluster_bits;
-        self.grow_to(w, end << bits).await?;
-        let known = self.room_for(first << bits, count << bits).await?;
+        let known = self.room_for(w, first << bits, count << bits).await?;
         w.lock().refcounts.set_room(if known { end } else { u64::MAX });
         Ok(())
     }
 
-    /// Room on the medium for `[offset, offset + len)` of the file. Whether the file can tell.
+    /// Room on the medium for `[offset, offset + len)` of the file, which is at least so long then. Whether the file can tell.
     ///
     /// # Errors
     /// ENOSPC and others.
-    pub async fn room_for(&self, offset: u64, len: u64) -> Result<bool, Errno> {
+    pub async fn room_for(&self, w: &Writing, offset: u64, len: u64) -> Result<bool, Errno> {
+        self.grow_to(w, offset + len).await?;
         match self.file().driver().preallocate(offset, len).await {
             Ok(()) => Ok(true),
             Err(Errno::ENOTSUP) => Ok(false),
@@ -292,7 +293,7 @@ impl Image {
         if enough().is_some() || not_here {
             return Ok(());
         }
-        let _flight = match w.growth.turn(0, enough).await {
+        let _flight = match w.growth.turn(LONGER_FILE, enough).await {
             Turn::Found(()) => return Ok(()),
             Turn::Mine(flight) => flight,
         };
@@ -334,22 +335,14 @@ impl Image {
     }
 
     fn kind_of_metadata(&self, w: &Writing, cluster: u64) -> &'static str {
-        let g = &self.geometry;
-        let h = &self.header;
-        let within = |offset: HostOffset, bytes: u64| {
-            let first = g.host_cluster(offset);
-            bytes > 0 && (first..first + bytes.div_ceil(g.cluster_size())).contains(&cluster)
-        };
-        let (l1_offset, l1_len) = self.l1_place();
+        let (g, h) = (&self.geometry, &self.header);
         if cluster == 0 {
             return Overlap::MAIN_HEADER.words();
         }
-        if within(l1_offset, l1_len) {
+        if self.is_active_l1(cluster) {
             return Overlap::ACTIVE_L1.words();
         }
-        let at = cluster << g.cluster_bits;
-        let tables = (0..self.l1.len()).map(|i| self.l1.get(i));
-        if tables.into_iter().any(|e| e & OFFSET_MASK == at) {
+        if self.is_active_l2(cluster) {
             return Overlap::ACTIVE_L2.words();
         }
         match w.lock().refcounts.is_table(cluster) {

@@ -6,18 +6,15 @@ use std::sync::atomic::Ordering;
 use super::Writing;
 use super::limbo::Freed;
 use super::mutation::{Mutation, broken};
-use super::space::is_no_space;
+use super::space::{TRIES, is_no_space};
 use crate::block::drivers::qcow2::Image;
+use crate::block::drivers::qcow2::check::disk::Disk;
 use crate::block::drivers::qcow2::flight::Turn;
 use crate::block::drivers::qcow2::layout::{GuestOffset, HostOffset, L1Entry};
 use crate::block::drivers::qcow2::options::Overlap;
-use crate::block::{Op, WriteFlags, ZeroFlags};
+use crate::block::{Op, ZeroFlags};
 use crate::error::Errno;
-use crate::mem::Sg;
-use crate::rt::{Buffer, grace};
-
-/// How often a table that found no room looks for another place.
-const TRIES: u32 = 3;
+use crate::rt::grace;
 
 impl Image {
     /// Sees to it that the slice of `guest` is in the cache, now.
@@ -66,9 +63,7 @@ impl Image {
             Turn::Found(found) => return found.map_err(|bad| self.corrupt_table(bad, l1_index)),
             Turn::Mine(flight) => flight,
         };
-        let old = L1Entry::decode(self.l1.get(l1_index), &self.geometry)
-            .map_err(|bad| self.corrupt_table(bad, l1_index))?
-            .table;
+        let old = self.table_of(l1_index)?;
         let (table, fresh) = self.allocate_table(w).await?;
         let made = match old {
             None => self.zero_table(table, fresh).await,
@@ -121,11 +116,7 @@ impl Image {
                 return Err(self.overlap(w, table).await);
             }
             let end = table.plus(self.geometry.cluster_size()).0;
-            let room = async {
-                self.grow_to(w, end).await?;
-                self.room_for(table.0, end - table.0).await
-            };
-            if let Err(e) = room.await {
+            if let Err(e) = self.room_for(w, table.0, end - table.0).await {
                 w.lock().limbo.push_ready([self.freed_table(table)]);
                 tries += 1;
                 w.tight.store(true, Ordering::Relaxed);
@@ -157,19 +148,13 @@ impl Image {
         if from.0 + len > self.file().len() {
             return Err(self.table_beyond_end(from, l1_index));
         }
-        let align = self.file().driver().limits().mem_align.max(512) as usize;
-        let buffer = Buffer::new(usize::try_from(len).map_err(|_| Errno::EIO)?, align);
-        let iov = [buffer.iovec()];
-        let sg = Sg::new(&iov);
-        self.file().submit(Op::Read { offset: from.0, to: sg }).await?;
-        let flags = WriteFlags::empty();
-        self.file().submit(Op::Write { offset: to.0, from: sg, flags }).await
+        let disk = Disk::new(self.file());
+        disk.store(to.0, disk.fetch(from.0, len).await?.bytes()).await
     }
 
     /// The first slice of a new table need not be read. Before the L1 entry is set: nobody can have changed an entry of it yet.
     fn cache_zeroes(&self, guest: GuestOffset) {
-        let shape = self.cache.shape();
-        let bytes = vec![0; shape.entries as usize * shape.entry_words as usize * 8];
+        let bytes = vec![0; self.cache.shape().slice_bytes() as usize];
         // With all slots waiting to be written back it is read like any other.
         let _ = self.cache.fill(self.slice_of(guest).0, &bytes);
     }

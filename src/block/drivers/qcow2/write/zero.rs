@@ -329,13 +329,12 @@ impl Image {
     ) -> Result<Change, ()> {
         let g = &self.geometry;
         let size = g.subcluster_size();
-        let (from, to) = (from - start.0, to - start.0);
         let fits = g.extended_l2 && from.is_multiple_of(size) && to.is_multiple_of(size);
         let Mapping::Standard { host, copied, allocated, zero } = old else { return Err(()) };
         if !fits {
             return Err(());
         }
-        let mask = ((1u64 << (to / size)) - (1u64 << (from / size))) as u32;
+        let mask = self.mask(start.0, &(from..to));
         let mapping =
             Mapping::Standard { host, copied, allocated: allocated & !mask, zero: zero | mask };
         Ok(Change { mapping, gives_up: false })
