@@ -6,8 +6,9 @@
 #![forbid(unsafe_code)]
 
 use std::hash::{BuildHasher, RandomState};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use super::driver::DriverDef;
 use super::links::{Link, LinkId, Slot, Slots, User, refresh};
@@ -43,6 +44,7 @@ pub struct Graph {
     strict_formats: AtomicBool,
     grace: Arc<grace::Domain>,
     upkeep: Arc<Upkeep>,
+    state_dir: OnceLock<PathBuf>,
     state: Mutex<State>,
 }
 
@@ -117,6 +119,7 @@ impl Graph {
             strict_formats: AtomicBool::new(false),
             grace: Arc::default(),
             upkeep: Arc::default(),
+            state_dir: OnceLock::new(),
             state: Mutex::default(),
         })
     }
@@ -130,6 +133,17 @@ impl Graph {
     /// See [`Graph::set_strict_formats`].
     pub fn strict_formats(&self) -> bool {
         self.strict_formats.load(Ordering::Relaxed)
+    }
+
+    /// Where formats may keep what must outlive the process, before the first node is opened.
+    pub fn set_state_dir(&self, dir: PathBuf) {
+        // The first one stays.
+        let _ = self.state_dir.set(dir);
+    }
+
+    /// See [`Graph::set_state_dir`]; `None`: nowhere.
+    pub fn state_dir(&self) -> Option<&Path> {
+        self.state_dir.get().map(PathBuf::as_path)
     }
 
     /// When can nobody who started earlier use a place on a disk any more: all requests of this graph's nodes take part.

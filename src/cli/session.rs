@@ -12,6 +12,7 @@ use super::getopt::{Item, Opt};
 use super::listen;
 use super::objects::{Objects, Outcome};
 use super::plan::Settings;
+use super::state;
 use crate::block::{Graph, Node, print};
 use crate::err;
 use crate::error::Result;
@@ -50,6 +51,10 @@ impl Session {
     pub fn process(&mut self, settings: &Settings) -> Result<Next> {
         let strict = settings.items.iter().any(|item| item.opt == Some(Opt::StrictFormats));
         self.graph.set_strict_formats(strict);
+        match state::dir(settings.state_dir.as_deref()) {
+            Some(dir) => self.graph.set_state_dir(dir),
+            None => log::warn!("no state directory: {}", state::WEAKER),
+        }
         for item in &settings.items {
             let next = self.option(item, settings);
             if let Next::Print(text) = next.map_err(|e| e.prepend(format!("{}: ", item.text)))? {

@@ -14,6 +14,7 @@ use super::l1::L1Table;
 use super::opened::{self, Found};
 use super::options::Choices;
 use super::read::Corruption;
+use super::replay;
 use super::tidy::Tidy;
 use super::write::Writing;
 use super::{Image, Qcow2};
@@ -30,9 +31,17 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
     let purpose = if args.in_force.read_only { Purpose::Read } else { Purpose::Write };
     let file = args.open_child("file", Role::File)?;
     args.enter_file(&file)?;
-    let cluster0 = read_header(&file.node)?;
+    let mut cluster0 = read_header(&file.node)?;
     let mut header = Header::parse(&cluster0)?;
     header.check_limits(purpose)?;
+    let mut left = replay::Opened { journal: None, recount: false };
+    if matches!(purpose, Purpose::Write) {
+        left = replay::open(&file.node, &header, args.graph.state_dir(), args.node_name)?;
+        if left.recount {
+            cluster0 = read_header(&file.node)?;
+            header = Header::parse(&cluster0)?;
+        }
+    }
     let l1 = read_l1(&file.node, &header)?;
     let choices = Choices::take(args, &header)?;
     let reftable = match purpose {
@@ -49,7 +58,11 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
     let (header, l1, found) = match purpose {
         Purpose::Write => {
             let found = Found { header, l1, reftable, snapshots };
-            let (header, l1, all) = found.into_writable(&edges[0].node, choices.overlap_check)?;
+            let (header, l1, all) =
+                found.into_writable(&edges[0].node, choices.overlap_check, left.recount)?;
+            if let Some((journal, of)) = left.journal.as_ref().filter(|_| left.recount) {
+                journal.start(of);
+            }
             (header, l1, Some(all))
         }
         Purpose::Read | Purpose::Check => (header, l1, None),
@@ -61,7 +74,10 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
         SliceCache::new(choices.l2).map_err(|_| err!("Could not allocate metadata caches"))?;
     let cluster = to_usize(geometry.cluster_size())?;
     let writing = match found {
-        Some(found) => Some(Writing::new(&edges[0].node, &header, &choices, found, args.graph)?),
+        Some(found) => {
+            let journal = left.journal.map(|(journal, _)| journal);
+            Some(Writing::new(&edges[0].node, &header, &choices, found, args.graph, journal)?)
+        }
         None => None,
     };
     let image = Arc::new_cyclic(|me| Image {

@@ -84,7 +84,7 @@ impl Found {
         Ok(Found { header, l1, reftable, snapshots })
     }
 
-    /// Makes the image writable: repairs it if it was not closed properly, marks its bitmaps, and clears the feature
+    /// Makes the image writable: repairs it if it was not closed properly, or refcounts must be counted for another reason, marks its bitmaps, and clears the feature
     /// bits that nobody here knows. The header and the L1 table may be others afterwards.
     ///
     /// # Errors
@@ -93,8 +93,9 @@ impl Found {
         mut self,
         file: &Node,
         overlap: Overlap,
+        recount: bool,
     ) -> Result<(Header, L1Table, ForWriting)> {
-        if self.header.incompatible.contains(Incompatible::DIRTY) {
+        if recount || self.header.incompatible.contains(Incompatible::DIRTY) {
             repair(file, &self.header)?;
             self = Found::read(file)?;
         }

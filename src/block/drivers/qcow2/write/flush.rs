@@ -51,6 +51,8 @@ use crate::error::Errno;
 /// What one flush writes: how everything was at one moment.
 struct Copies {
     generation: u64,
+    /// The end of the journal.
+    mark: u64,
     refcounts: Option<Snapshot>,
     slices: Vec<SliceCopy>,
     l1: Vec<(u64, Vec<u8>)>,
@@ -106,6 +108,7 @@ impl Image {
         let mut meta = w.lock();
         Copies {
             generation: meta.limbo.begin_flush(),
+            mark: w.journal.as_ref().map_or(0, |log| log.journal.mark()),
             refcounts: refcounts.then(|| meta.refcounts.snapshot()),
             slices: self.cache.snapshot(),
             l1: self.l1.snapshot(),
@@ -122,6 +125,9 @@ impl Image {
         self.l1.written(&copies.l1, ok);
         if ok {
             meta.limbo.settle(copies.generation);
+            if let Some(log) = &w.journal {
+                log.journal.forget(copies.mark);
+            }
             let refcounts = !self.choices.lazy_refcounts && meta.refcounts.is_dirty();
             if !refcounts && !self.cache.has_dirty() && !self.l1.has_dirty() {
                 w.dirty.store(false, Ordering::Release);
@@ -284,6 +290,9 @@ impl Image {
         }
         if w.dirty_bit.swap(false, Ordering::Relaxed) {
             w.header.mark_clean(self.file()).await?;
+        }
+        if let Some(log) = &w.journal {
+            log.journal.remove();
         }
         Ok(())
     }

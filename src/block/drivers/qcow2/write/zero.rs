@@ -259,8 +259,11 @@ impl Image {
             next = to;
         }
         if changed {
+            if !self.can_record(w, entries.len()) {
+                return Step::Needs(Need::Journal);
+            }
             self.touch(w);
-            if !self.cache.store(slice, index, &entries) {
+            if !matches!(self.store(w, slice, index, &entries), Ok(true)) {
                 return Step::Needs(Need::Slice);
             }
             self.let_go(w, &mut meta, &freed);
