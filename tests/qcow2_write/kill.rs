@@ -1,4 +1,4 @@
-//! The program is killed under load, again and again on the same image: what was flushed stays, the image has leaks at
+//! The program is killed under load, again and again on the same image: all that was acknowledged stays, the image has leaks at
 //! most, and the next program opens it and goes on.
 
 use std::sync::mpsc;
