@@ -23,6 +23,7 @@ use crate::rt::{self, Inbox, Mail};
 use crate::vhost_user::{Device, QueueSetup};
 use crate::virtio::blk::{CONFIG_LEN, CONFIG_WCE, Geometry, SECTOR};
 use crate::virtio::feature;
+use crate::virtio::inflight::{Tracker, View};
 use crate::virtio::ring::{Ring, RingAddrs};
 
 mod queue;
@@ -291,6 +292,30 @@ impl Export {
     }
 }
 
+impl Export {
+    /// Goes on where a predecessor left `ring`, if there was one.
+    fn track(
+        &self,
+        index: u16,
+        view: View,
+        ring: &mut Ring,
+    ) -> std::result::Result<Tracker, Errno> {
+        let started = Tracker::start(view, ring.used_idx());
+        let (tracker, next) = started.map_err(|why| {
+            log::warn!("export '{}': queue {index}: the in-flight region: {why}", self.id());
+            Errno::EINVAL
+        })?;
+        if let Some(next) = next {
+            if tracker.waiting() > 0 {
+                let n = tracker.waiting();
+                log::info!("export '{}': queue {index}: {n} requests are resubmitted", self.id());
+            }
+            ring.set_next_avail(next);
+        }
+        Ok(tracker)
+    }
+}
+
 impl Device for Export {
     fn features(&self) -> u64 {
         self.shared.geometry.features()
@@ -338,7 +363,8 @@ impl Device for Export {
             return Err(Errno::EINVAL);
         }
         let addrs = RingAddrs { desc: setup.desc, avail: setup.avail, used: setup.used };
-        let ring = Ring::new(setup.map, addrs, setup.size, setup.base, setup.features)?;
+        let mut ring = Ring::new(setup.map, addrs, setup.size, setup.base, setup.features)?;
+        let tracker = setup.inflight.map(|view| self.track(index, view, &mut ring)).transpose()?;
         let write_through = setup.features & feature(VIRTIO_BLK_F_FLUSH) == 0;
         if write_through && index == 0 && !self.shared.geometry.read_only {
             log::info!(
@@ -347,7 +373,14 @@ impl Device for Export {
             );
         }
         let fds = [setup.kick, setup.call, setup.err];
-        let queue = Box::new(Queue::new(index, Arc::clone(&self.shared), ring, fds, write_through));
+        let queue = Box::new(Queue::new(
+            index,
+            Arc::clone(&self.shared),
+            ring,
+            tracker,
+            fds,
+            write_through,
+        ));
         let inbox = self.worker(index, true)?.ok_or(Errno::EIO)?;
         self.send(&inbox, |done| Command::Start(queue, done), "start");
         let mut state = lock(&self.state);

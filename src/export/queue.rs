@@ -15,6 +15,7 @@ use crate::mem::{GuestMap, Sg};
 use crate::rt::grace::Participant;
 use crate::rt::{IOV_MAX, Reactor, Rw};
 use crate::virtio::blk::Status;
+use crate::virtio::inflight::Tracker;
 use crate::virtio::ring::{Broken, Ring};
 
 /// The longest read of zeroes that is served on the spot, in bytes; longer ones take turns with others.
@@ -35,6 +36,8 @@ pub struct Queue {
     pub index: u16,
     shared: Arc<Shared>,
     ring: Ring,
+    /// Tells our successor what is in flight.
+    tracker: Option<Tracker>,
     slots: Box<[Slot]>,
     in_flight: u32,
     state: State,
@@ -61,6 +64,7 @@ impl Queue {
         index: u16,
         shared: Arc<Shared>,
         ring: Ring,
+        tracker: Option<Tracker>,
         fds: [Option<OwnedFd>; 3],
         write_through: bool,
     ) -> Queue {
@@ -70,6 +74,7 @@ impl Queue {
             index,
             shared,
             ring,
+            tracker,
             slots,
             in_flight: 0,
             state: State::Running,
@@ -105,16 +110,23 @@ impl Queue {
     /// Whether the guest has made requests available that will be taken.
     #[inline]
     pub fn has_avail(&self) -> bool {
-        matches!(self.state, State::Running) && self.ring.has_avail()
+        self.waiting() != 0 || (matches!(self.state, State::Running) && self.ring.has_avail())
+    }
+
+    /// The number of heads to resubmit; they come before all others, also if the queue is being stopped.
+    #[inline]
+    fn waiting(&self) -> u16 {
+        self.tracker.as_ref().map_or(0, Tracker::waiting)
     }
 
     /// The number of chains to take now, at most `room`.
     #[inline]
     pub fn available(&mut self, room: usize) -> u16 {
-        if !matches!(self.state, State::Running) {
-            return 0;
-        }
-        match self.ring.available() {
+        let available = match (self.waiting(), &self.state) {
+            (0, State::Running) => self.ring.available(),
+            (waiting, _) => Ok(waiting),
+        };
+        match available {
             Ok(n) => n.min(u16::try_from(room).unwrap_or(u16::MAX)),
             Err(broken) => {
                 self.break_ring(broken.0);
@@ -137,7 +149,8 @@ impl Queue {
 
     #[inline]
     fn try_take(&mut self, reactor: &mut Reactor, grace: &Participant) -> Result<Started, Broken> {
-        let head = self.ring.pop()?;
+        let again = self.tracker.as_mut().and_then(Tracker::resubmit);
+        let head = again.map_or_else(|| self.ring.pop(), Ok)?;
         let slot = &mut self.slots[usize::from(head)];
         if slot.busy {
             return Err(Broken("a descriptor chain that is in use already"));
@@ -153,6 +166,9 @@ impl Queue {
         let action = slot.parse(&disk).map_err(Broken)?;
         slot.busy = true;
         self.in_flight += 1;
+        if again.is_none() && let Some(tracker) = &mut self.tracker {
+            tracker.taken(head);
+        }
         if let Some(why) = slot.chain.bad {
             shared.report_malformed(self.index, why);
         }
@@ -268,13 +284,27 @@ impl Queue {
         slot.answer(status);
         slot.busy = false;
         self.in_flight -= 1;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.done(head);
+        }
         self.ring.push_used(head, slot.used_len);
     }
 
     /// Shows the guest what is done, and notifies it if it wants that.
     #[inline]
     pub fn publish(&mut self) {
-        if self.ring.publish(self.in_flight == 0) {
+        let notify = self.ring.publish(self.in_flight == 0);
+        if let Some(tracker) = &mut self.tracker {
+            tracker.published(self.ring.used_idx());
+        }
+        if notify {
+            self.notify();
+        }
+    }
+
+    /// At the start: a predecessor may have been killed between showing the guest what is done and notifying it.
+    pub fn notify_recovered(&self) {
+        if self.tracker.as_ref().is_some_and(Tracker::recovered) {
             self.notify();
         }
     }
@@ -308,6 +338,9 @@ impl Queue {
     fn break_ring(&mut self, why: &str) {
         log::warn!("export '{}': queue {} is broken: {why}", self.shared.id, self.index);
         self.state = State::Broken;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.give_up();
+        }
         if let Some(err) = &self.err {
             signal(err);
         }
@@ -321,7 +354,7 @@ impl Queue {
     /// If the queue is being stopped and nothing is in flight: who waits, and the next available index.
     pub fn stopped(&self) -> Option<(&SyncSender<u16>, u16)> {
         match &self.state {
-            State::Stopping(answer) if self.in_flight == 0 => {
+            State::Stopping(answer) if self.in_flight == 0 && self.waiting() == 0 => {
                 Some((answer, self.ring.next_avail()))
             }
             _ => None,

@@ -226,6 +226,7 @@ impl Worker {
             Command::Start(mut q, done) => {
                 q.watch = q.kick_fd().and_then(|fd| self.watch(fd, q.index));
                 q.disarm();
+                q.notify_recovered();
                 self.queues.push(*q);
                 drop(done);
             }

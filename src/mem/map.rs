@@ -81,6 +81,11 @@ impl Region {
         let host = mapping.cast::<u8>().wrapping_add(lead);
         Ok(Region { guest_addr, user_addr, size, host, mapping, mapping_len })
     }
+
+    /// Where its first byte is in our address space.
+    pub(crate) fn host(&self) -> *mut u8 {
+        self.host
+    }
 }
 
 impl Drop for Region {

@@ -215,6 +215,10 @@ impl<'a> Fields<'a> {
         Ok(*head)
     }
 
+    fn u16(&mut self) -> Result<u16> {
+        self.take().map(u16::from_ne_bytes)
+    }
+
     fn u32(&mut self) -> Result<u32> {
         self.take().map(u32::from_ne_bytes)
     }
@@ -282,6 +286,17 @@ impl Message {
         let mut f = Fields(&self.payload);
         let range = ConfigRange { offset: f.u32()?, size: f.u32()?, flags: f.u32()? };
         Ok((range, f.0))
+    }
+
+    /// "Inflight description".
+    pub fn inflight(&self) -> Result<InflightDesc> {
+        let mut f = Fields(&self.payload);
+        Ok(InflightDesc {
+            mmap_size: f.u64()?,
+            mmap_offset: f.u64()?,
+            num_queues: f.u16()?,
+            queue_size: f.u16()?,
+        })
     }
 
     /// The file descriptors that came with the message.
@@ -362,6 +377,28 @@ pub struct MemRegion {
     pub user_addr: u64,
     /// Where it starts in its file.
     pub mmap_offset: u64,
+}
+
+/// "Inflight description".
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InflightDesc {
+    /// Bytes of the whole region; 0: there is none.
+    pub mmap_size: u64,
+    /// Where it starts in its file.
+    pub mmap_offset: u64,
+    /// Queues that it has room for.
+    pub num_queues: u16,
+    /// Entries of each.
+    pub queue_size: u16,
+}
+
+impl InflightDesc {
+    /// Its bytes on the wire: 20, and the padding that QEMU's struct has at its end.
+    pub fn to_bytes(self) -> Vec<u8> {
+        let mut bytes = [self.mmap_size, self.mmap_offset].map(u64::to_ne_bytes).concat();
+        bytes.extend([self.num_queues, self.queue_size, 0, 0].map(u16::to_ne_bytes).as_flattened());
+        bytes
+    }
 }
 
 /// "Virtio device config space", without the contents.

@@ -14,6 +14,7 @@
 //! not zero, where one is wanted) and the connection goes on. cloud-hypervisor takes a refusal as the end of the disk, so
 //! nothing is refused that can be served.
 
+mod inflight;
 mod memory;
 pub mod message;
 pub mod notify;
@@ -30,6 +31,7 @@ use std::sync::Arc;
 
 use crate::error::Errno;
 use crate::mem::GuestMap;
+use crate::virtio::inflight::View;
 
 /// Everything a ring needs to run.
 pub struct QueueSetup {
@@ -45,6 +47,8 @@ pub struct QueueSetup {
     pub used: u64,
     /// The next available index to take.
     pub base: u16,
+    /// Where the ring's requests in flight are kept for our successor; if it has been used, it knows better than `base`.
+    pub inflight: Option<View>,
     /// The features that the driver accepted (device and ring bits).
     pub features: u64,
     /// The driver's notifications; `None`: none will come (poll).

@@ -74,6 +74,7 @@ impl Ring {
             avail: addr.avail,
             used: addr.used,
             base: self.base,
+            inflight: None,
             features,
             kick,
             call: self.call.as_ref().map(duplicate).transpose()?,

@@ -4,14 +4,16 @@
 //! GET_VRING_BASE, SET_VRING_ENABLE 0, a reset or REM_MEM_REG promise about the guest's memory holds when the front
 //! end reads the answer. Sections named are those of the "Vhost-user Protocol" document.
 //!
-//! INFLIGHT_SHMFD, LOG_SHMFD, DEVICE_STATE and GET_VRING_BASE_INFLIGHT have their place in [`OFFERED`] and in
+//! LOG_SHMFD, DEVICE_STATE and GET_VRING_BASE_INFLIGHT have their place in [`OFFERED`] and in
 //! [`Session::handle`]; SET_FEATURES says where LOG_ALL belongs.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use super::inflight::{self, Area};
 use super::message::*;
 use super::notify::ConfigChange;
 use super::ring::{Kick, Ring, duplicate};
@@ -23,11 +25,12 @@ use crate::mem::GuestMap;
 use crate::mem::map::MAX_REGIONS;
 
 /// The protocol features offered. QEMU acknowledges every one that it knows, without asking whether it can serve it:
-/// INBAND_NOTIFICATIONS must never stand here. To come: LOG_SHMFD, INFLIGHT_SHMFD, DEVICE_STATE, and bit 20.
+/// INBAND_NOTIFICATIONS must never stand here. To come: LOG_SHMFD, DEVICE_STATE, and bit 20.
 pub(super) const OFFERED: Protocol = Protocol::MQ
     .union(Protocol::REPLY_ACK)
     .union(Protocol::BACKEND_REQ)
     .union(Protocol::CONFIG)
+    .union(Protocol::INFLIGHT_SHMFD)
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::CONFIGURE_MEM_SLOTS)
     .union(Protocol::STATUS);
@@ -42,6 +45,7 @@ enum Answer {
     U64(u64),
     State(VringState),
     Config(Vec<u8>),
+    Inflight(InflightDesc, Option<OwnedFd>),
 }
 
 /// The state of one connection.
@@ -51,6 +55,8 @@ pub(super) struct Session<'a> {
     config_change: &'a ConfigChange,
     rings: Vec<Ring>,
     map: Arc<GuestMap>,
+    /// Where requests in flight are tracked.
+    inflight: Option<Area>,
     /// What the driver accepted, with PROTOCOL_FEATURES; `None` before it did.
     features: Option<u64>,
     protocol: Protocol,
@@ -72,6 +78,7 @@ impl<'a> Session<'a> {
             config_change,
             rings: (0..queues).map(|_| Ring::default()).collect(),
             map: Arc::default(),
+            inflight: None,
             features: None,
             protocol: Protocol::empty(),
             status: 0,
@@ -96,9 +103,12 @@ impl<'a> Session<'a> {
                 Err(end) => return end,
             };
             log::trace!("{}: {} {:?}", self.name, message.header.name(), message.header);
-            if let Some(reply) = self.reply_to(&mut message)
-                && let Err(end) = channel.send(&reply)
-            {
+            let sent = match self.reply_to(&mut message) {
+                None => Ok(()),
+                Some((reply, None)) => channel.send(&reply),
+                Some((reply, Some(fd))) => channel.send_with(&reply, &fd),
+            };
+            if let Err(end) = sent {
                 return end;
             }
             // After the reply: QEMU hears nothing else while it waits for one.
@@ -106,8 +116,9 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Handles one message; answers the bytes of the reply, if there is to be one ("Communication", "REPLY_ACK").
-    fn reply_to(&mut self, message: &mut Message) -> Option<Vec<u8>> {
+    /// Handles one message; answers the bytes of the reply, if there is to be one ("Communication", "REPLY_ACK"), and the
+    /// descriptor that goes with them.
+    fn reply_to(&mut self, message: &mut Message) -> Option<(Vec<u8>, Option<OwnedFd>)> {
         let header = message.header;
         if header.flags & REPLY != 0 {
             self.warn(&format!("{}: a reply to a question that was not asked", header.name()));
@@ -120,17 +131,22 @@ impl<'a> Session<'a> {
         // SET_PROTOCOL_FEATURES itself may have just negotiated it.
         let wants_ack =
             header.flags & NEED_REPLY != 0 && self.protocol.contains(Protocol::REPLY_ACK);
+        let mut fd_out = None;
         let payload = match outcome {
             Ok(Answer::U64(v)) => v.to_ne_bytes().to_vec(),
             Ok(Answer::State(s)) => s.to_bytes(),
             Ok(Answer::Config(bytes)) => bytes,
+            Ok(Answer::Inflight(desc, fd)) => {
+                fd_out = fd;
+                desc.to_bytes()
+            }
             // Requests that always have a reply have no way to fail but a reply without payload.
             Err(_) if matches!(header.request, GET_CONFIG | GET_VRING_BASE) => Vec::new(),
             Ok(Answer::Done) if wants_ack => 0u64.to_ne_bytes().to_vec(),
             Err(_) if wants_ack => 1u64.to_ne_bytes().to_vec(),
             Ok(Answer::Done) | Err(_) => return None,
         };
-        Some(encode(header.request, REPLY, &payload))
+        Some((encode(header.request, REPLY, &payload), fd_out))
     }
 
     fn warn(&mut self, what: &str) {
@@ -151,6 +167,7 @@ impl<'a> Session<'a> {
             GET_STATUS => return Ok(Answer::U64(u64::from(self.status))),
             GET_CONFIG => return self.get_config(m),
             GET_VRING_BASE => return self.get_base(m.vring_state()?),
+            GET_INFLIGHT_FD => return Ok(self.get_inflight(m)),
 
             // Every front end owns its connection; StratoVirt says so at each activation.
             SET_OWNER => {}
@@ -184,7 +201,9 @@ impl<'a> Session<'a> {
             SET_VRING_CALL => self.set_call(m)?,
             SET_VRING_ERR => self.set_err(m)?,
 
-            // To come here: GET_INFLIGHT_FD, SET_INFLIGHT_FD, SET_LOG_BASE, SET_LOG_FD, SET_DEVICE_STATE_FD,
+            SET_INFLIGHT_FD => self.inflight = Some(Area::map(m.inflight()?, m.take_fd()?)?),
+
+            // To come here: SET_LOG_BASE, SET_LOG_FD, SET_DEVICE_STATE_FD,
             // CHECK_DEVICE_STATE.
             _ => return Err(err!("not supported")),
         }
@@ -255,9 +274,11 @@ impl Session<'_> {
     }
 
     /// RESET_DEVICE: "disable all rings and reset all internal device state". The guest's memory and what was
-    /// negotiated for the connection stay (QEMU gives neither again after it).
+    /// negotiated for the connection stay (QEMU gives neither again after it). The in-flight region does not: it is
+    /// about rings that are no more, and QEMU gives one again before it starts others.
     fn reset(&mut self) {
         self.halt_all();
+        self.inflight = None;
         self.rings.iter_mut().for_each(Ring::reset);
         self.status = 0;
         if self.features.take().is_some() {
@@ -270,6 +291,19 @@ impl Session<'_> {
     fn disable_all(&mut self) {
         self.halt_all();
         self.rings.iter_mut().for_each(|r| r.enabled = false);
+    }
+
+    /// GET_INFLIGHT_FD. It says nothing about the rings of now: SET_INFLIGHT_FD gives the memory back. Has no way to fail
+    /// but a region of no bytes.
+    fn get_inflight(&mut self, m: &Message) -> Answer {
+        let (queues, size_max) = (queue(self.rings.len()), self.device.max_queue_size());
+        match m.inflight().and_then(|asked| inflight::create(asked, queues, size_max)) {
+            Ok((desc, fd)) => Answer::Inflight(desc, Some(fd)),
+            Err(e) => {
+                self.warn(&format!("GET_INFLIGHT_FD: {e}"));
+                Answer::Inflight(InflightDesc::default(), None)
+            }
+        }
     }
 
     fn get_config(&mut self, m: &Message) -> Result<Answer> {
@@ -332,7 +366,11 @@ impl Session<'_> {
             return Err(err!("queue {i}: its addresses are not in guest memory"));
         }
         let fail = |e: &dyn std::fmt::Display| err!("queue {i}: cannot start: {e}");
-        let setup = ring.setup(&self.map, features).map_err(|e| fail(&e))?;
+        let mut setup = ring.setup(&self.map, features).map_err(|e| fail(&e))?;
+        setup.inflight = self.inflight.as_ref().and_then(|area| area.view(queue(i), ring.size));
+        if setup.inflight.is_none() && self.inflight.is_some() {
+            log::warn!("{}: queue {i}: no place in the in-flight region", self.name);
+        }
         log::debug!("{}: queue {i} starts at {} of {}", self.name, ring.base, ring.size);
         self.device.start_queue(queue(i), setup).map_err(|e| fail(&e))?;
         ring.running = true;

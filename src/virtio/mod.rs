@@ -1,6 +1,7 @@
 //! The virtio side: the split ring and the virtio-blk device's constants, configuration space and request headers.
 
 pub mod blk;
+pub mod inflight;
 pub mod ring;
 
 /// Feature bit `bit` as a mask.

@@ -175,6 +175,16 @@ impl Ring {
         self.next_avail
     }
 
+    /// Goes on at another available index.
+    pub fn set_next_avail(&mut self, next: u16) {
+        self.next_avail = next;
+    }
+
+    /// The used index as the guest sees it.
+    pub fn used_idx(&self) -> u16 {
+        self.published
+    }
+
     fn atomic(&self, base: *mut u16, index: usize) -> &AtomicU16 {
         // SAFETY: callers pass `avail` or `used` with an index inside of the part checked in `remap`; all are 2-aligned, and
         // the guest's own accesses are those of another CPU.

@@ -77,6 +77,7 @@ impl Guest {
             avail: USER + AVAIL,
             used: USER + USED,
             base: self.base,
+            inflight: None,
             features: FEATURES,
             kick: owned(&self.kick),
             call: owned(&self.call),
