@@ -166,7 +166,9 @@ impl Queue {
         let action = slot.parse(&disk).map_err(Broken)?;
         slot.busy = true;
         self.in_flight += 1;
-        if again.is_none() && let Some(tracker) = &mut self.tracker {
+        if again.is_none()
+            && let Some(tracker) = &mut self.tracker
+        {
             tracker.taken(head);
         }
         if let Some(why) = slot.chain.bad {

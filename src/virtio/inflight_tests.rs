@@ -271,7 +271,10 @@ fn a_foreign_back_end_is_succeeded() {
     desc(0, 0, 10);
     let (mut tracker, next) = start(&memory(&bytes), 102).unwrap();
     assert_eq!((next, tracker.waiting(), tracker.recovered()), (Some(104), 2, true));
-    assert_eq!([tracker.resubmit(), tracker.resubmit(), tracker.resubmit()], [Some(0), Some(1), None]);
+    assert_eq!(
+        [tracker.resubmit(), tracker.resubmit(), tracker.resubmit()],
+        [Some(0), Some(1), None]
+    );
     assert_eq!(tracker.counter, 12);
 }
 

@@ -150,12 +150,13 @@ impl Device for Mock {
     fn start_queue(&self, index: u16, setup: QueueSetup) -> Result<(), Errno> {
         let has = |fd: bool, name: &str| if fd { format!(" {name}") } else { String::new() };
         let call = format!(
-            "start {index} base={} size={}{}{}{}",
+            "start {index} base={} size={}{}{}{}{}",
             setup.base,
             setup.size,
             has(setup.kick.is_some(), "kick"),
             has(setup.call.is_some(), "call"),
             has(setup.err.is_some(), "err"),
+            has(setup.inflight.is_some(), "inflight"),
         );
         self.check(setup.features & 1 << 30 == 0, "bit 30 is vhost-user's own");
         self.check(lies_in(&setup.map, &setup), "started with a ring outside of memory");
