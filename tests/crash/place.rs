@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -12,8 +12,13 @@ use vub_client::Client;
 
 use crate::common::LIMIT;
 
+/// One worker for each queue.
+const THREADS: u16 = 4;
+
 pub struct Place {
     node: String,
+    /// Workers of the next program.
+    pub threads: u16,
     child: Child,
     dir: TempDir,
 }
@@ -22,8 +27,8 @@ impl Place {
     /// The first program, listening. `node` is the value of its `--blockdev`, which must call itself `root`.
     pub fn new(node: String) -> Place {
         let dir = tempfile::tempdir().unwrap();
-        let child = spawn(&node, &dir.path().join("s"));
-        let mut place = Place { node, child, dir };
+        let child = spawn(&node, &dir.path().join("s"), THREADS);
+        let mut place = Place { node, threads: THREADS, child, dir };
         place.wait_until_it_listens();
         place
     }
@@ -41,7 +46,7 @@ impl Place {
     /// The next program; how long it took until it listened.
     pub fn restart(&mut self) -> Duration {
         let start = Instant::now();
-        self.child = spawn(&self.node, &self.socket());
+        self.child = spawn(&self.node, &self.socket(), self.threads);
         self.wait_until_it_listens();
         start.elapsed()
     }
@@ -52,7 +57,7 @@ impl Place {
             assert!(start.elapsed() < LIMIT, "nobody listens");
             // The kernel may still be busy with the last requests of the one before it, and keeps its locks so long.
             if self.child.try_wait().unwrap().is_some() {
-                self.child = spawn(&self.node, &self.socket());
+                self.child = spawn(&self.node, &self.socket(), self.threads);
             }
             std::thread::yield_now();
         }
@@ -67,10 +72,11 @@ impl Drop for Place {
     }
 }
 
-fn spawn(node: &str, socket: &std::path::Path) -> Child {
+fn spawn(node: &str, socket: &Path, threads: u16) -> Child {
     let socket = socket.display();
     let export = format!(
-        "type=vhost-user-blk,id=e,node-name=root,writable=on,num-queues=4,addr.type=unix,addr.path={socket}"
+        "type=vhost-user-blk,id=e,node-name=root,writable=on,num-queues=4,threads={threads},addr.type=unix,\
+         addr.path={socket}"
     );
     let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-blk"));
     command.args(["--blockdev", node, "--export", &export]);
