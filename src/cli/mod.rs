@@ -11,6 +11,7 @@
 
 pub mod check;
 pub mod daemon;
+mod dormant;
 pub mod exports;
 pub mod getopt;
 pub mod help;

@@ -114,6 +114,9 @@ impl<'a> Session<'a> {
             return None;
         }
         let outcome = self.handle(message);
+        if !self.rings.iter().any(|ring| ring.running) {
+            self.device.no_ring_runs();
+        }
         if let Err(e) = &outcome {
             self.warn(&format!("{} ({}): {e}", header.name(), header.request));
         }
