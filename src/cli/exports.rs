@@ -318,6 +318,11 @@ impl Exports {
         Ok(())
     }
 
+    /// Looks whether disks have become longer, and tells their guests.
+    pub fn look_at_sizes(&self) {
+        self.list.iter().for_each(|running| running.export.look_at_size());
+    }
+
     /// Ends all connections, then all exports: requests in flight are finished and everything is flushed. The sockets
     /// stay where they are until the exports are dropped.
     ///

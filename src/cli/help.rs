@@ -86,4 +86,6 @@ More:
 
 SIGTERM, SIGINT and SIGHUP end the program: requests in flight are finished,
 everything is flushed, sockets and pidfile are removed, and the exit code is 0.
+SIGUSR1 offers raw images and devices that have become longer to their guests; while
+a guest runs that is noticed within a second, too.
 "#;

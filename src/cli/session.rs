@@ -194,6 +194,11 @@ impl Session {
         self.exports.serve()
     }
 
+    /// Offers media that have become longer to the guests.
+    pub fn look_at_sizes(&self) {
+        self.exports.look_at_sizes();
+    }
+
     /// Ends everything in order: connections, exports, nodes, and then the sockets' names.
     ///
     /// Whether everything that guests wrote is stable, and all nodes were closed in order.

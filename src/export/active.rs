@@ -15,8 +15,7 @@ use crate::block::perm::{Perm, Perms};
 use crate::block::{Graph, Node, Opener};
 use crate::err;
 use crate::error::{Errno, Result};
-use crate::vhost_user::{ConfigChange, Told};
-use crate::virtio::blk::SECTOR;
+use crate::vhost_user::ConfigChange;
 
 /// How an export's nodes come and go.
 pub(super) struct Activation {
@@ -24,9 +23,9 @@ pub(super) struct Activation {
     auto: bool,
     /// Deactivation was tried since a ring ran last: a failure is not repeated with every message.
     tried: AtomicBool,
-    turn: Mutex<()>,
+    pub(super) turn: Mutex<()>,
     /// Who hears of another size.
-    config_change: OnceLock<Arc<ConfigChange>>,
+    pub(super) config_change: OnceLock<Arc<ConfigChange>>,
 }
 
 impl Activation {
@@ -156,28 +155,6 @@ impl Export {
         }
         if let Err(e) = self.deactivate() {
             log::error!("export '{}': cannot be deactivated: {e}", self.id());
-        }
-    }
-
-    /// Who is told when the size changes. The first one stays.
-    pub fn set_config_change(&self, config_change: &Arc<ConfigChange>) {
-        self.activation.config_change.get_or_init(|| Arc::clone(config_change));
-    }
-
-    /// The root has `len` bytes: so has the device, from now on.
-    pub(super) fn set_len(&self, len: u64) {
-        let sectors = len / SECTOR;
-        let before = self.shared.sectors.swap(sectors, Ordering::Relaxed);
-        if before == sectors {
-            return;
-        }
-        let id = self.id();
-        log::info!("export '{id}': {before} sectors become {sectors}");
-        let told = self.activation.config_change.get().map(|change| change.changed());
-        if told == Some(Told::NoChannel) {
-            log::warn!(
-                "export '{id}': the front end cannot be told of the new size: tell it to look (Firecracker: PATCH /drives/ID), or restart the guest"
-            );
         }
     }
 }

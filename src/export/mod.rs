@@ -7,7 +7,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,7 @@ use crate::virtio::ring::{Ring, RingAddrs};
 mod active;
 mod queue;
 mod request;
+mod resize;
 mod worker;
 
 use active::Activation;
@@ -136,6 +137,9 @@ pub struct Export {
     poll_max_ns: u64,
     activation: Activation,
     state: Mutex<State>,
+    me: Weak<Export>,
+    /// The length in bytes of a medium that has become shorter, as reported; `u64::MAX`: none.
+    shrunk: AtomicU64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -192,7 +196,14 @@ impl Export {
             ..State::default()
         };
         let (poll_max_ns, state) = (config.poll_max_ns, Mutex::new(state));
-        Arc::new(Export { shared, poll_max_ns, activation, state })
+        Arc::new_cyclic(|me| Export {
+            shared,
+            poll_max_ns,
+            activation,
+            state,
+            me: me.clone(),
+            shrunk: AtomicU64::new(u64::MAX),
+        })
     }
 
     /// Its id.
@@ -366,6 +377,8 @@ impl Device for Export {
         let mut state = lock(&self.state);
         state.running[usize::from(index)] = true;
         state.unflushed = true;
+        drop(state);
+        self.watch_size();
         Ok(())
     }
 
