@@ -14,6 +14,7 @@
 //! not zero, where one is wanted) and the connection goes on. cloud-hypervisor takes a refusal as the end of the disk, so
 //! nothing is refused that can be served.
 
+mod device_state;
 mod memory;
 pub mod message;
 pub mod notify;

@@ -4,7 +4,7 @@
 //! GET_VRING_BASE, SET_VRING_ENABLE 0, a reset or REM_MEM_REG promise about the guest's memory holds when the front
 //! end reads the answer. Sections named are those of the "Vhost-user Protocol" document.
 //!
-//! INFLIGHT_SHMFD, LOG_SHMFD, DEVICE_STATE and GET_VRING_BASE_INFLIGHT have their place in [`OFFERED`] and in
+//! INFLIGHT_SHMFD, LOG_SHMFD and GET_VRING_BASE_INFLIGHT have their place in [`OFFERED`] and in
 //! [`Session::handle`]; SET_FEATURES says where LOG_ALL belongs.
 #![forbid(unsafe_code)]
 
@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use super::device_state::Transfer;
 use super::message::*;
 use super::notify::ConfigChange;
 use super::ring::{Kick, Ring, duplicate};
@@ -23,14 +24,15 @@ use crate::mem::GuestMap;
 use crate::mem::map::MAX_REGIONS;
 
 /// The protocol features offered. QEMU acknowledges every one that it knows, without asking whether it can serve it:
-/// INBAND_NOTIFICATIONS must never stand here. To come: LOG_SHMFD, INFLIGHT_SHMFD, DEVICE_STATE, and bit 20.
+/// INBAND_NOTIFICATIONS must never stand here. To come: LOG_SHMFD, INFLIGHT_SHMFD, and bit 20.
 pub(super) const OFFERED: Protocol = Protocol::MQ
     .union(Protocol::REPLY_ACK)
     .union(Protocol::BACKEND_REQ)
     .union(Protocol::CONFIG)
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::CONFIGURE_MEM_SLOTS)
-    .union(Protocol::STATUS);
+    .union(Protocol::STATUS)
+    .union(Protocol::DEVICE_STATE);
 
 /// Warnings of one connection that are logged as such: a front end must not be able to fill a disk with our log.
 const MAX_WARNINGS: u32 = 64;
@@ -55,6 +57,8 @@ pub(super) struct Session<'a> {
     features: Option<u64>,
     protocol: Protocol,
     status: u8,
+    /// A transfer of the device's state, from its beginning to its check.
+    state: Option<Transfer>,
     warnings: u32,
 }
 
@@ -75,6 +79,7 @@ impl<'a> Session<'a> {
             features: None,
             protocol: Protocol::empty(),
             status: 0,
+            state: None,
             warnings: 0,
         }
     }
@@ -85,6 +90,7 @@ impl<'a> Session<'a> {
         self.halt_all();
         self.config_change.detach();
         self.map = Arc::default();
+        self.state = None;
         self.device.disconnected();
         end
     }
@@ -154,6 +160,8 @@ impl<'a> Session<'a> {
             GET_STATUS => return Ok(Answer::U64(u64::from(self.status))),
             GET_CONFIG => return self.get_config(m),
             GET_VRING_BASE => return self.get_base(m.vring_state()?),
+            SET_DEVICE_STATE_FD => return Ok(self.set_state_fd(m)),
+            CHECK_DEVICE_STATE => return Ok(self.check_state()),
 
             // Every front end owns its connection; StratoVirt says so at each activation.
             SET_OWNER => {}
@@ -187,8 +195,7 @@ impl<'a> Session<'a> {
             SET_VRING_CALL => self.set_call(m)?,
             SET_VRING_ERR => self.set_err(m)?,
 
-            // To come here: GET_INFLIGHT_FD, SET_INFLIGHT_FD, SET_LOG_BASE, SET_LOG_FD, SET_DEVICE_STATE_FD,
-            // CHECK_DEVICE_STATE.
+            // To come here: GET_INFLIGHT_FD, SET_INFLIGHT_FD, SET_LOG_BASE, SET_LOG_FD.
             _ => return Err(err!("not supported")),
         }
         Ok(Answer::Done)
@@ -293,6 +300,49 @@ impl Session<'_> {
             contents.get(..at.len()).ok_or_else(|| err!("the contents are cut short"))?;
         self.device.write_config(at.start, contents);
         Ok(())
+    }
+}
+
+/// The device's state.
+impl Session<'_> {
+    /// SET_DEVICE_STATE_FD; the answer: bit 8, no descriptor comes back; bits 0 to 7, whether it failed.
+    fn set_state_fd(&mut self, m: &mut Message) -> Answer {
+        self.state = None;
+        match self.transfer_state(m) {
+            Ok(transfer) => {
+                self.state = Some(transfer);
+                Answer::U64(VRING_NOFD)
+            }
+            Err(e) => {
+                self.warn(&format!("SET_DEVICE_STATE_FD: {e}"));
+                Answer::U64(VRING_NOFD | 1)
+            }
+        }
+    }
+
+    fn transfer_state(&self, m: &mut Message) -> Result<Transfer> {
+        let (direction, phase) = m.device_state()?;
+        let fd = m.take_fd()?;
+        if phase != STATE_PHASE_STOPPED || self.rings.iter().any(|ring| ring.running) {
+            return Err(err!("state is transferred while all rings are stopped only"));
+        }
+        match direction {
+            STATE_SAVE => Transfer::save(self.device, fd),
+            STATE_LOAD => Transfer::load(fd),
+            n => Err(err!("{n} is no direction of a transfer")),
+        }
+    }
+
+    /// CHECK_DEVICE_STATE; the answer: 0 if the last transfer came to a good end.
+    fn check_state(&mut self) -> Answer {
+        let transfer = self.state.take().ok_or_else(|| err!("there was no transfer"));
+        match transfer.and_then(|transfer| transfer.finish(self.device)) {
+            Ok(()) => Answer::U64(0),
+            Err(e) => {
+                self.warn(&format!("CHECK_DEVICE_STATE: {e}"));
+                Answer::U64(1)
+            }
+        }
     }
 }
 
