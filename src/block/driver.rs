@@ -271,6 +271,17 @@ pub trait Driver: Send + Sync {
         Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
     }
 
+    /// Whether the node's length is that of something which others may make longer: [`Driver::look_at_len`] has a point.
+    fn follows_medium(&self) -> bool {
+        false
+    }
+
+    /// Looks whether the medium has become longer without us; then so does the node. Beside requests, from any thread; one
+    /// system call. The medium's length in bytes, if it has become shorter: the node stays as it is.
+    fn look_at_len(&self) -> Option<u64> {
+        None
+    }
+
     /// Makes the node reach to the end of `[offset, offset + len)`, with room on the medium for the range as far as that can
     /// be had beforehand. What is there stays as it is; what is added reads as zeroes. ENOTSUP where it cannot be.
     fn preallocate(&self, offset: u64, len: u64) -> IoFuture<'_> {

@@ -32,6 +32,7 @@ pub mod io;
 mod links;
 pub mod node;
 mod open;
+pub mod opener;
 pub mod perm;
 pub mod print;
 pub mod upkeep;
@@ -43,6 +44,7 @@ use std::pin::Pin;
 pub use driver::{Driver, DriverDef, DriverKind, OpenArgs, Recognises};
 pub use graph::{Graph, RootUser};
 pub use node::{Edge, InForce, Node, Role};
+pub use opener::Opener;
 
 use crate::error::Errno;
 use crate::mem::Sg;

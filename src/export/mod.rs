@@ -7,15 +7,14 @@
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 
 use crate::block::graph::RootUser;
-use crate::block::perm::{Perm, Perms};
-use crate::block::{Graph, Node, Op};
+use crate::block::{Graph, Node, Op, Opener};
 use crate::err;
 use crate::error::{Errno, Result};
 use crate::mem::GuestMap;
@@ -26,10 +25,13 @@ use crate::virtio::feature;
 use crate::virtio::inflight::{Tracker, View};
 use crate::virtio::ring::{Ring, RingAddrs};
 
+mod active;
 mod queue;
 mod request;
+mod resize;
 mod worker;
 
+use active::Activation;
 use queue::Queue;
 use request::Doing;
 use worker::Command;
@@ -65,7 +67,8 @@ pub struct ExportConfig {
 /// What the workers share.
 struct Shared {
     id: String,
-    root: Arc<Node>,
+    /// The root's node-name.
+    node: String,
     geometry: Geometry,
     serial: String,
     sectors: AtomicU64,
@@ -86,7 +89,7 @@ impl Shared {
     fn report(&self, doing: &Doing, e: Errno) {
         if self.may_report() {
             let Doing { what, offset, len, .. } = doing;
-            let node = self.root.name();
+            let node = &self.node;
             log::error!(
                 "export '{}': node '{node}': {what} of {len} bytes at {offset}: {e}",
                 self.id
@@ -124,15 +127,20 @@ struct State {
     /// A queue has run since the last flush of a stopped device.
     unflushed: bool,
     features: u64,
+    /// The use of the root; none while the export is inactive.
     user: Option<RootUser>,
+    closed: bool,
 }
 
 /// A root node, its device configuration and its workers.
 pub struct Export {
     shared: Arc<Shared>,
     poll_max_ns: u64,
-    graph: Arc<Graph>,
+    activation: Activation,
     state: Mutex<State>,
+    me: Weak<Export>,
+    /// The length in bytes of a medium that has become shorter, as reported; `u64::MAX`: none.
+    shrunk: AtomicU64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -148,11 +156,23 @@ impl Export {
         if config.writable && node.read_only() {
             return Err(err!("Cannot export read-only node as writable"));
         }
-        let mut used = Perm::CONSISTENT_READ;
-        used.set(Perm::WRITE, config.writable);
-        let perms = Perms { used, shared: Perm::all() };
-        let user = graph.attach_root(node, "an unnamed block device", perms)?;
-        node.expect_ragged_writes(config.logical_block_size);
+        let user = active::attach(graph, node, config.writable, config.logical_block_size)?;
+        let activation = Activation::new(Opener::of(graph, node), false);
+        Ok(Export::make(node, config, activation, Some(user)))
+    }
+
+    /// An export whose nodes are closed until [`Export::activate`]; with `auto`, they are open only while rings run. `probe` is
+    /// the root as it is now, opened by somebody else: what the device looks like until then.
+    pub fn inactive(opener: Opener, probe: &Node, config: ExportConfig, auto: bool) -> Arc<Export> {
+        Export::make(probe, config, Activation::new(opener, auto), None)
+    }
+
+    fn make(
+        node: &Node,
+        config: ExportConfig,
+        activation: Activation,
+        user: Option<RootUser>,
+    ) -> Arc<Export> {
         let geometry = Geometry {
             read_only: !config.writable,
             logical_block: config.logical_block_size,
@@ -162,7 +182,7 @@ impl Export {
         };
         let shared = Arc::new(Shared {
             id: config.id,
-            root: Arc::clone(node),
+            node: node.name().to_owned(),
             geometry,
             serial: config.serial,
             sectors: AtomicU64::new(node.len() / SECTOR),
@@ -173,12 +193,18 @@ impl Export {
         let state = State {
             workers: (0..threads).map(|_| None).collect(),
             running: vec![false; config.num_queues.into()],
-            unflushed: false,
-            features: 0,
-            user: Some(user),
+            user,
+            ..State::default()
         };
-        let (graph, state) = (Arc::clone(graph), Mutex::new(state));
-        Ok(Arc::new(Export { shared, poll_max_ns: config.poll_max_ns, graph, state }))
+        let (poll_max_ns, state) = (config.poll_max_ns, Mutex::new(state));
+        Arc::new_cyclic(|me| Export {
+            shared,
+            poll_max_ns,
+            activation,
+            state,
+            me: me.clone(),
+            shrunk: AtomicU64::new(u64::MAX),
+        })
     }
 
     /// Its id.
@@ -189,7 +215,7 @@ impl Export {
     /// Stops all queues (drained), ends the workers, flushes the root node and gives up the permissions on it.
     /// Whether everything that was written is stable. Closing again does nothing.
     pub fn close(&self) -> bool {
-        if lock(&self.state).user.is_none() {
+        if std::mem::replace(&mut lock(&self.state).closed, true) {
             return true;
         }
         let count = lock(&self.state).running.len();
@@ -206,20 +232,17 @@ impl Export {
         }
         let flushed = self.flush_stopped();
         let user = lock(&self.state).user.take();
-        if let Some(user) = user {
-            self.graph.detach(user);
-        }
+        drop(user);
         flushed
     }
 
     /// Makes everything stable that was written. Whether that worked; a failure is logged.
     fn flush(&self) -> bool {
-        if self.shared.geometry.read_only {
-            return true;
-        }
+        // Nothing is left to flush when it becomes inactive.
+        let root = self.root().filter(|_| !self.shared.geometry.read_only);
+        let Some(root) = root else { return true };
         // No descriptors left is an error like any other here.
-        let flushed =
-            rt::try_block_on(self.shared.root.submit(Op::Flush)).and_then(|result| result);
+        let flushed = rt::try_block_on(root.submit(Op::Flush)).and_then(|result| result);
         if let Err(e) = flushed {
             log::error!("export '{}': flush: {e}", self.id());
         }
@@ -255,7 +278,7 @@ impl Export {
 
     fn spawn_worker(&self, at: usize) -> std::result::Result<Worker, Errno> {
         let (ready, wait) = sync_channel(1);
-        let (poll_max_ns, grace) = (self.poll_max_ns, Arc::clone(self.graph.grace()));
+        let (poll_max_ns, grace) = (self.poll_max_ns, Arc::clone(self.activation.graph().grace()));
         let thread = std::thread::Builder::new()
             .name(format!("blk-{}-{at}", self.id()))
             .spawn(move || worker::run(poll_max_ns, &grace, &ready))?;
@@ -373,19 +396,15 @@ impl Device for Export {
             );
         }
         let fds = [setup.kick, setup.call, setup.err];
-        let queue = Box::new(Queue::new(
-            index,
-            Arc::clone(&self.shared),
-            ring,
-            tracker,
-            fds,
-            write_through,
-        ));
+        let disk = (Arc::clone(&self.shared), self.root_to_run()?);
+        let queue = Box::new(Queue::new(index, disk, ring, tracker, fds, write_through));
         let inbox = self.worker(index, true)?.ok_or(Errno::EIO)?;
         self.send(&inbox, |done| Command::Start(queue, done), "start");
         let mut state = lock(&self.state);
         state.running[usize::from(index)] = true;
         state.unflushed = true;
+        drop(state);
+        self.watch_size();
         Ok(())
     }
 
@@ -420,6 +439,11 @@ impl Device for Export {
         // `writeback` stays as the driver set it: a guest that comes back (or reads the configuration anew) sees what is true.
         self.set_features(0);
         self.flush_stopped();
+        self.no_ring_runs();
+    }
+
+    fn no_ring_runs(&self) {
+        self.deactivate_if_auto();
     }
 }
 

@@ -9,7 +9,7 @@ use std::sync::mpsc::SyncSender;
 use super::Shared;
 use super::request::{Action, Disk, Slot, Slow, Transfer, bytes};
 use crate::block::io::aligned_for;
-use crate::block::{Dir, Map};
+use crate::block::{Dir, Map, Node};
 use crate::error::Errno;
 use crate::mem::{GuestMap, Sg};
 use crate::rt::grace::Participant;
@@ -35,6 +35,8 @@ pub struct Queue {
     /// Its index in the device.
     pub index: u16,
     shared: Arc<Shared>,
+    /// The disk, as long as the queue runs.
+    root: Arc<Node>,
     ring: Ring,
     /// Tells our successor what is in flight.
     tracker: Option<Tracker>,
@@ -62,7 +64,7 @@ impl Queue {
     /// A queue on `ring`, not yet looked at.
     pub fn new(
         index: u16,
-        shared: Arc<Shared>,
+        (shared, root): (Arc<Shared>, Arc<Node>),
         ring: Ring,
         tracker: Option<Tracker>,
         fds: [Option<OwnedFd>; 3],
@@ -73,6 +75,7 @@ impl Queue {
         Queue {
             index,
             shared,
+            root,
             ring,
             tracker,
             slots,
@@ -202,7 +205,7 @@ impl Queue {
         let Ok(expected) = i32::try_from(len) else { return false };
         let dir = if write { Dir::Write } else { Dir::Read };
         let entry = grace.enter();
-        let located = self.shared.root.locate(dir, offset, len);
+        let located = self.root.locate(dir, offset, len);
         let stable = write && (self.write_through || !self.shared.writeback()) && !located.no_flush;
         let done = match located.map {
             // The tables that lead there must become stable, too.
@@ -240,7 +243,7 @@ impl Queue {
         };
         slot.doing = action.describe(bytes(&iov));
         Slow {
-            root: Arc::clone(&self.shared.root),
+            root: Arc::clone(&self.root),
             map: Arc::clone(self.ring.map()),
             iov,
             action,

@@ -116,6 +116,7 @@ pub static VHOST_USER_BLK: &[OptionSpec] = &[
     optional("queue-size", UINT16),
     optional("threads", UINT16),
     optional("poll-max-ns", INT),
+    optional("activate", Enum(&["start", "auto"])),
 ];
 
 /// `SocketAddress`.

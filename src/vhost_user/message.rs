@@ -24,6 +24,12 @@ pub const VHOST_USER_F_PROTOCOL_FEATURES: u64 = 1 << 30;
 
 /// "VHOST_USER_SET_VRING_KICK" and its sisters: the queue's index in the payload.
 pub const VRING_INDEX_MASK: u64 = 0xff;
+/// SET_DEVICE_STATE_FD: from us to the front end.
+pub const STATE_SAVE: u32 = 0;
+/// SET_DEVICE_STATE_FD: from the front end to us.
+pub const STATE_LOAD: u32 = 1;
+/// SET_DEVICE_STATE_FD: the only phase, "the device and all its vrings are stopped".
+pub const STATE_PHASE_STOPPED: u32 = 0;
 /// "VHOST_USER_SET_VRING_KICK" and its sisters: no file descriptor comes with the message.
 pub const VRING_NOFD: u64 = 1 << 8;
 
@@ -246,6 +252,15 @@ impl Message {
         Fields(&self.payload).u64()
     }
 
+    /// "Device state transfer parameters": the direction and the phase of SET_DEVICE_STATE_FD.
+    ///
+    /// # Errors
+    /// If the payload is too short.
+    pub fn device_state(&self) -> Result<(u32, u32)> {
+        let mut f = Fields(&self.payload);
+        Ok((f.u32()?, f.u32()?))
+    }
+
     /// "A vring state description".
     pub fn vring_state(&self) -> Result<VringState> {
         let mut f = Fields(&self.payload);
@@ -457,6 +472,7 @@ mod tests {
             let len = m.payload.len();
             prop_assert_eq!(m.u64().is_ok(), len >= 8);
             prop_assert_eq!(m.vring_state().is_ok(), len >= 8);
+            prop_assert_eq!(m.device_state().is_ok(), len >= 8);
             prop_assert_eq!(m.vring_addr().is_ok(), len >= 40);
             prop_assert_eq!(m.region().is_ok(), len >= 40);
             let _ = m.regions();

@@ -14,6 +14,7 @@
 //! not zero, where one is wanted) and the connection goes on. cloud-hypervisor takes a refusal as the end of the disk, so
 //! nothing is refused that can be served.
 
+mod device_state;
 mod inflight;
 mod memory;
 pub mod message;
@@ -81,6 +82,9 @@ pub trait Device: Send + Sync {
     /// Stops a ring: takes no new request, waits for those in flight, publishes them. Answers the next available index;
     /// `None` if it did not run. Afterwards no byte of guest memory is touched on its behalf.
     fn stop_queue(&self, index: u16) -> Option<u16>;
+    /// A message has been handled, and no ring runs; its answer goes out afterwards. A ring that only moves does not come by
+    /// here between its stop and its start.
+    fn no_ring_runs(&self) {}
     /// Replaces the call descriptor, of a running ring too (a notification that got lost is repeated).
     fn set_call(&self, index: u16, call: Option<OwnedFd>);
     /// Replaces the error descriptor.

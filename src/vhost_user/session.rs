@@ -4,7 +4,7 @@
 //! GET_VRING_BASE, SET_VRING_ENABLE 0, a reset or REM_MEM_REG promise about the guest's memory holds when the front
 //! end reads the answer. Sections named are those of the "Vhost-user Protocol" document.
 //!
-//! LOG_SHMFD, DEVICE_STATE and GET_VRING_BASE_INFLIGHT have their place in [`OFFERED`] and in
+//! LOG_SHMFD and GET_VRING_BASE_INFLIGHT have their place in [`OFFERED`] and in
 //! [`Session::handle`]; SET_FEATURES says where LOG_ALL belongs.
 #![forbid(unsafe_code)]
 
@@ -13,6 +13,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use super::device_state::Transfer;
 use super::inflight::{self, Area};
 use super::message::*;
 use super::notify::ConfigChange;
@@ -25,7 +26,7 @@ use crate::mem::GuestMap;
 use crate::mem::map::MAX_REGIONS;
 
 /// The protocol features offered. QEMU acknowledges every one that it knows, without asking whether it can serve it:
-/// INBAND_NOTIFICATIONS must never stand here. To come: LOG_SHMFD, DEVICE_STATE, and bit 20.
+/// INBAND_NOTIFICATIONS must never stand here. To come: LOG_SHMFD and bit 20.
 pub(super) const OFFERED: Protocol = Protocol::MQ
     .union(Protocol::REPLY_ACK)
     .union(Protocol::BACKEND_REQ)
@@ -33,7 +34,8 @@ pub(super) const OFFERED: Protocol = Protocol::MQ
     .union(Protocol::INFLIGHT_SHMFD)
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::CONFIGURE_MEM_SLOTS)
-    .union(Protocol::STATUS);
+    .union(Protocol::STATUS)
+    .union(Protocol::DEVICE_STATE);
 
 /// Warnings of one connection that are logged as such: a front end must not be able to fill a disk with our log.
 const MAX_WARNINGS: u32 = 64;
@@ -61,6 +63,8 @@ pub(super) struct Session<'a> {
     features: Option<u64>,
     protocol: Protocol,
     status: u8,
+    /// A transfer of the device's state, from its beginning to its check.
+    state: Option<Transfer>,
     warnings: u32,
 }
 
@@ -82,6 +86,7 @@ impl<'a> Session<'a> {
             features: None,
             protocol: Protocol::empty(),
             status: 0,
+            state: None,
             warnings: 0,
         }
     }
@@ -92,6 +97,7 @@ impl<'a> Session<'a> {
         self.halt_all();
         self.config_change.detach();
         self.map = Arc::default();
+        self.state = None;
         self.device.disconnected();
         end
     }
@@ -125,6 +131,9 @@ impl<'a> Session<'a> {
             return None;
         }
         let outcome = self.handle(message);
+        if !self.rings.iter().any(|ring| ring.running) {
+            self.device.no_ring_runs();
+        }
         if let Err(e) = &outcome {
             self.warn(&format!("{} ({}): {e}", header.name(), header.request));
         }
@@ -168,6 +177,8 @@ impl<'a> Session<'a> {
             GET_CONFIG => return self.get_config(m),
             GET_VRING_BASE => return self.get_base(m.vring_state()?),
             GET_INFLIGHT_FD => return Ok(self.get_inflight(m)),
+            SET_DEVICE_STATE_FD => return Ok(self.set_state_fd(m)),
+            CHECK_DEVICE_STATE => return Ok(self.check_state()),
 
             // Every front end owns its connection; StratoVirt says so at each activation.
             SET_OWNER => {}
@@ -203,8 +214,7 @@ impl<'a> Session<'a> {
 
             SET_INFLIGHT_FD => self.inflight = Some(Area::map(m.inflight()?, m.take_fd()?)?),
 
-            // To come here: SET_LOG_BASE, SET_LOG_FD, SET_DEVICE_STATE_FD,
-            // CHECK_DEVICE_STATE.
+            // To come here: SET_LOG_BASE, SET_LOG_FD.
             _ => return Err(err!("not supported")),
         }
         Ok(Answer::Done)
@@ -324,6 +334,49 @@ impl Session<'_> {
             contents.get(..at.len()).ok_or_else(|| err!("the contents are cut short"))?;
         self.device.write_config(at.start, contents);
         Ok(())
+    }
+}
+
+/// The device's state.
+impl Session<'_> {
+    /// SET_DEVICE_STATE_FD; the answer: bit 8, no descriptor comes back; bits 0 to 7, whether it failed.
+    fn set_state_fd(&mut self, m: &mut Message) -> Answer {
+        self.state = None;
+        match self.transfer_state(m) {
+            Ok(transfer) => {
+                self.state = Some(transfer);
+                Answer::U64(VRING_NOFD)
+            }
+            Err(e) => {
+                self.warn(&format!("SET_DEVICE_STATE_FD: {e}"));
+                Answer::U64(VRING_NOFD | 1)
+            }
+        }
+    }
+
+    fn transfer_state(&self, m: &mut Message) -> Result<Transfer> {
+        let (direction, phase) = m.device_state()?;
+        let fd = m.take_fd()?;
+        if phase != STATE_PHASE_STOPPED || self.rings.iter().any(|ring| ring.running) {
+            return Err(err!("state is transferred while all rings are stopped only"));
+        }
+        match direction {
+            STATE_SAVE => Transfer::save(self.device, fd),
+            STATE_LOAD => Transfer::load(fd),
+            n => Err(err!("{n} is no direction of a transfer")),
+        }
+    }
+
+    /// CHECK_DEVICE_STATE; the answer: 0 if the last transfer came to a good end.
+    fn check_state(&mut self) -> Answer {
+        let transfer = self.state.take().ok_or_else(|| err!("there was no transfer"));
+        match transfer.and_then(|transfer| transfer.finish(self.device)) {
+            Ok(()) => Answer::U64(0),
+            Err(e) => {
+                self.warn(&format!("CHECK_DEVICE_STATE: {e}"));
+                Answer::U64(1)
+            }
+        }
     }
 }
 

@@ -8,6 +8,7 @@
 mod client;
 mod cloud_hypervisor;
 mod crosvm;
+mod device_state;
 mod firecracker;
 mod fixture;
 mod hostile;

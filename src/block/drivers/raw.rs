@@ -129,6 +129,14 @@ impl Driver for Raw {
         }
     }
 
+    fn follows_medium(&self) -> bool {
+        self.size.is_none() && self.child().node.driver().follows_medium()
+    }
+
+    fn look_at_len(&self) -> Option<u64> {
+        self.child().node.driver().look_at_len()
+    }
+
     fn preallocate(&self, offset: u64, len: u64) -> IoFuture<'_> {
         match (self.size, self.offset.checked_add(offset)) {
             (None, Some(offset)) => self.child().node.driver().preallocate(offset, len),
