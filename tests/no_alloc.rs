@@ -151,7 +151,7 @@ fn allocations(name: &str, node: Value, checked: bool) -> u64 {
     export.start_queue(0, guest.setup()).unwrap();
     serve(&mut guest, &mut rng, WARM_UP, checked);
     let count = counted(|| serve(&mut guest, &mut rng, REQUESTS, checked));
-    assert_eq!(export.stop_queue(0), Some(guest.avail()));
+    assert_eq!(export.stop_queue(0), Some(guest.avail().into()));
     export.close();
     count
 }

@@ -15,7 +15,8 @@ use crate::mem::{GuestMap, Sg};
 use crate::rt::grace::Participant;
 use crate::rt::{IOV_MAX, Reactor, Rw};
 use crate::virtio::blk::Status;
-use crate::virtio::ring::{Broken, Ring};
+use crate::virtio::queue::Virtqueue;
+use crate::virtio::ring::Broken;
 
 /// The longest read of zeroes that is served on the spot, in bytes; longer ones take turns with others.
 const ZERO_MAX: u64 = 256 << 10;
@@ -25,8 +26,8 @@ enum State {
     Running,
     /// The guest's lie was found; what is in flight completes, nothing more is taken.
     Broken,
-    /// Waiting for what is in flight; then the next available index is sent.
-    Stopping(SyncSender<u16>),
+    /// Waiting for what is in flight; then where the ring would go on is sent.
+    Stopping(SyncSender<u32>),
 }
 
 /// Everything about one running queue. Owned by its worker.
@@ -34,7 +35,7 @@ pub struct Queue {
     /// Its index in the device.
     pub index: u16,
     shared: Arc<Shared>,
-    ring: Ring,
+    ring: Virtqueue,
     slots: Box<[Slot]>,
     in_flight: u32,
     state: State,
@@ -51,6 +52,8 @@ pub struct Queue {
 pub enum Started {
     /// In the kernel, or done.
     Fast,
+    /// No more chains, after all.
+    Nothing,
     /// To be carried out by a task.
     Slow(u16, Slow),
 }
@@ -60,7 +63,7 @@ impl Queue {
     pub fn new(
         index: u16,
         shared: Arc<Shared>,
-        ring: Ring,
+        ring: Virtqueue,
         fds: [Option<OwnedFd>; 3],
         write_through: bool,
     ) -> Queue {
@@ -137,7 +140,7 @@ impl Queue {
 
     #[inline]
     fn try_take(&mut self, reactor: &mut Reactor, grace: &Participant) -> Result<Started, Broken> {
-        let head = self.ring.pop()?;
+        let Some(head) = self.ring.pop()? else { return Ok(Started::Nothing) };
         let slot = &mut self.slots[usize::from(head)];
         if slot.busy {
             return Err(Broken("a descriptor chain that is in use already"));
@@ -313,17 +316,15 @@ impl Queue {
         }
     }
 
-    /// Takes no more; once nothing is in flight, `answer` gets the next available index.
-    pub fn stop(&mut self, answer: SyncSender<u16>) {
+    /// Takes no more; once nothing is in flight, `answer` gets the ring's base.
+    pub fn stop(&mut self, answer: SyncSender<u32>) {
         self.state = State::Stopping(answer);
     }
 
-    /// If the queue is being stopped and nothing is in flight: who waits, and the next available index.
-    pub fn stopped(&self) -> Option<(&SyncSender<u16>, u16)> {
+    /// If the queue is being stopped and nothing is in flight: who waits, and the ring's base.
+    pub fn stopped(&self) -> Option<(&SyncSender<u32>, u32)> {
         match &self.state {
-            State::Stopping(answer) if self.in_flight == 0 => {
-                Some((answer, self.ring.next_avail()))
-            }
+            State::Stopping(answer) if self.in_flight == 0 => Some((answer, self.ring.base())),
             _ => None,
         }
     }

@@ -76,7 +76,7 @@ impl Guest {
             desc: USER,
             avail: USER + AVAIL,
             used: USER + USED,
-            base: self.base,
+            base: self.base.into(),
             features: FEATURES,
             kick: owned(&self.kick),
             call: owned(&self.call),
