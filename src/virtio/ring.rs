@@ -287,4 +287,4 @@ impl Walk {
 
 #[cfg(test)]
 #[path = "ring_tests.rs"]
-mod tests;
+pub(super) mod tests;

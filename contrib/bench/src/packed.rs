@@ -149,6 +149,12 @@ impl Packed {
         self.next_avail.bits()
     }
 
+    /// Ids in flight, for oracles.
+    #[must_use]
+    pub fn ids_in_flight(&self) -> Vec<u16> {
+        (0..self.size).filter(|id| self.chain_len[usize::from(*id)] != 0).collect()
+    }
+
     /// Sets an entry, its flags last.
     pub fn set_desc(&self, at: u16, seg: Seg, id: u16, flags: u16) {
         let i = usize::from(at) * DESC_LEN;
