@@ -265,7 +265,7 @@ impl Packed {
             } else if !self.indirect {
                 return Err(Broken("an indirect descriptor without VIRTIO_F_INDIRECT_DESC"));
             } else if self.taken.len() > 1 {
-                // VIRTIO 1.3, 2.8.7: the table is the whole of the buffer.
+                // As in split rings: the table is the whole of the chain.
                 return Err(Broken("an indirect descriptor in a chain"));
             } else {
                 self.read_indirect(desc, chain)?;
