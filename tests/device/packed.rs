@@ -24,11 +24,11 @@ fn options(queue_size: u16) -> Options {
 }
 
 /// One way to run: all queues against the model, with a stop and a start of each in between.
-fn round(engine: Engine, queues: u16, options: Options, ops: usize) {
+fn round(engine: Engine, queues: u16, options: &Options, ops: usize) {
     let (size, indirect) = (options.queue_size, options.indirect);
     eprintln!("{engine:?}, {queues} queues of {size}, {options:?}");
     let file = FileDisk::new(SECTORS * 512, engine, config());
-    let mut client = file.disk.connect(Options { queues, mem_size: 64 << 20, ..options });
+    let mut client = file.disk.connect(Options { queues, mem_size: 64 << 20, ..options.clone() });
     assert!(client.has_feature(34), "not offered");
     let model = Model::new(SECTORS);
     let depth = usize::from(if indirect { size } else { size / LONGEST }).min(100);
@@ -56,7 +56,7 @@ fn sizes() {
         [(1, true), (2, true), (3, true), (6, false), (7, false), (48, false), (100, true)]
     {
         let ops = if size < 10 { 150 } else { 500 };
-        round(ENGINES[2], 1, Options { indirect, ..options(size) }, ops);
+        round(ENGINES[2], 1, &Options { indirect, ..options(size) }, ops);
     }
 }
 
@@ -66,7 +66,7 @@ fn engines_and_ways_to_notify() {
         let (event_idx, indirect, polling) = (way & 1 == 0, way & 2 == 0, way == 3);
         let base = [0, 0x8000, 76, 0x8000 + 42][way];
         let options = Options { event_idx, indirect, polling, base, ..options(77) };
-        round(engine, 3, options, 400);
+        round(engine, 3, &options, 400);
     }
 }
 
