@@ -23,7 +23,8 @@ use crate::vhost_user::{Device, QueueSetup};
 use crate::virtio::blk::{CONFIG_LEN, CONFIG_WCE, Geometry, SECTOR};
 use crate::virtio::feature;
 use crate::virtio::inflight::{Tracker, View};
-use crate::virtio::ring::{Ring, RingAddrs};
+use crate::virtio::queue::{RingAddrs, Virtqueue};
+use crate::virtio::ring::Ring;
 
 mod active;
 mod queue;
@@ -256,8 +257,8 @@ impl Export {
         flushed
     }
 
-    /// Stops a queue (drained). Its next available index, if it was running.
-    fn halt_queue(&self, index: u16) -> Option<u16> {
+    /// Stops a queue (drained). Where its ring would go on, if it was running.
+    fn halt_queue(&self, index: u16) -> Option<u32> {
         let running = lock(&self.state).running.get(usize::from(index)).copied()?;
         let next =
             if running { self.command(index, |answer| Command::Stop(index, answer)) } else { None };
@@ -386,8 +387,19 @@ impl Device for Export {
             return Err(Errno::EINVAL);
         }
         let addrs = RingAddrs { desc: setup.desc, avail: setup.avail, used: setup.used };
-        let mut ring = Ring::new(setup.map, addrs, setup.size, setup.base, setup.features)?;
-        let tracker = setup.inflight.map(|view| self.track(index, view, &mut ring)).transpose()?;
+        let mut ring =
+            Virtqueue::new(setup.map, addrs, setup.size, setup.base, setup.features)?;
+        let tracker = match (&mut ring, setup.inflight) {
+            (Virtqueue::Split(ring), Some(view)) => Some(self.track(index, view, ring)?),
+            (Virtqueue::Packed(_), Some(_)) => {
+                log::warn!(
+                    "export '{}': queue {index}: requests in flight of packed rings are not tracked yet",
+                    self.id()
+                );
+                None
+            }
+            (_, None) => None,
+        };
         let write_through = setup.features & feature(VIRTIO_BLK_F_FLUSH) == 0;
         if write_through && index == 0 && !self.shared.geometry.read_only {
             log::info!(
@@ -408,7 +420,7 @@ impl Device for Export {
         Ok(())
     }
 
-    fn stop_queue(&self, index: u16) -> Option<u16> {
+    fn stop_queue(&self, index: u16) -> Option<u32> {
         let next = self.halt_queue(index);
         // The guest has reset its driver, moves to another host, or is gone: what it has not flushed may stay unflushed
         // for ever.

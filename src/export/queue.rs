@@ -16,7 +16,8 @@ use crate::rt::grace::Participant;
 use crate::rt::{IOV_MAX, Reactor, Rw};
 use crate::virtio::blk::Status;
 use crate::virtio::inflight::Tracker;
-use crate::virtio::ring::{Broken, Ring};
+use crate::virtio::queue::Virtqueue;
+use crate::virtio::ring::Broken;
 
 /// The longest read of zeroes that is served on the spot, in bytes; longer ones take turns with others.
 const ZERO_MAX: u64 = 256 << 10;
@@ -26,8 +27,8 @@ enum State {
     Running,
     /// The guest's lie was found; what is in flight completes, nothing more is taken.
     Broken,
-    /// Waiting for what is in flight; then the next available index is sent.
-    Stopping(SyncSender<u16>),
+    /// Waiting for what is in flight; then where the ring would go on is sent.
+    Stopping(SyncSender<u32>),
 }
 
 /// Everything about one running queue. Owned by its worker.
@@ -37,7 +38,7 @@ pub struct Queue {
     shared: Arc<Shared>,
     /// The disk, as long as the queue runs.
     root: Arc<Node>,
-    ring: Ring,
+    ring: Virtqueue,
     /// Tells our successor what is in flight.
     tracker: Option<Tracker>,
     slots: Box<[Slot]>,
@@ -56,6 +57,8 @@ pub struct Queue {
 pub enum Started {
     /// In the kernel, or done.
     Fast,
+    /// No more chains, after all.
+    Nothing,
     /// To be carried out by a task.
     Slow(u16, Slow),
 }
@@ -65,7 +68,7 @@ impl Queue {
     pub fn new(
         index: u16,
         (shared, root): (Arc<Shared>, Arc<Node>),
-        ring: Ring,
+        ring: Virtqueue,
         tracker: Option<Tracker>,
         fds: [Option<OwnedFd>; 3],
         write_through: bool,
@@ -153,7 +156,13 @@ impl Queue {
     #[inline]
     fn try_take(&mut self, reactor: &mut Reactor, grace: &Participant) -> Result<Started, Broken> {
         let again = self.tracker.as_mut().and_then(Tracker::resubmit);
-        let head = again.map_or_else(|| self.ring.pop(), Ok)?;
+        let head = match again {
+            Some(head) => head,
+            None => match self.ring.pop()? {
+                Some(head) => head,
+                None => return Ok(Started::Nothing),
+            },
+        };
         let slot = &mut self.slots[usize::from(head)];
         if slot.busy {
             return Err(Broken("a descriptor chain that is in use already"));
@@ -299,8 +308,8 @@ impl Queue {
     #[inline]
     pub fn publish(&mut self) {
         let notify = self.ring.publish(self.in_flight == 0);
-        if let Some(tracker) = &mut self.tracker {
-            tracker.published(self.ring.used_idx());
+        if let (Some(tracker), Virtqueue::Split(ring)) = (&mut self.tracker, &self.ring) {
+            tracker.published(ring.used_idx());
         }
         if notify {
             self.notify();
@@ -351,16 +360,16 @@ impl Queue {
         }
     }
 
-    /// Takes no more; once nothing is in flight, `answer` gets the next available index.
-    pub fn stop(&mut self, answer: SyncSender<u16>) {
+    /// Takes no more; once nothing is in flight, `answer` gets the ring's base.
+    pub fn stop(&mut self, answer: SyncSender<u32>) {
         self.state = State::Stopping(answer);
     }
 
-    /// If the queue is being stopped and nothing is in flight: who waits, and the next available index.
-    pub fn stopped(&self) -> Option<(&SyncSender<u16>, u16)> {
+    /// If the queue is being stopped and nothing is in flight: who waits, and the ring's base.
+    pub fn stopped(&self) -> Option<(&SyncSender<u32>, u32)> {
         match &self.state {
             State::Stopping(answer) if self.in_flight == 0 && self.waiting() == 0 => {
-                Some((answer, self.ring.next_avail()))
+                Some((answer, self.ring.base()))
             }
             _ => None,
         }

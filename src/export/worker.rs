@@ -39,8 +39,8 @@ const POLLED_RING_PAUSE: Duration = Duration::from_micros(100);
 pub enum Command {
     /// Serve this queue.
     Start(Box<Queue>, SyncSender<()>),
-    /// Stop this queue: drain, then answer its next available index.
-    Stop(u16, SyncSender<u16>),
+    /// Stop this queue: drain, then answer its ring's base.
+    Stop(u16, SyncSender<u32>),
     /// Replace a queue's call descriptor.
     SetCall(u16, Option<OwnedFd>, SyncSender<()>),
     /// Replace a queue's error descriptor.
@@ -164,7 +164,7 @@ impl Worker {
                         self.slow_bytes += slow.weight();
                         spawn(&self.rt, &self.done, payload(q.index, head), slow);
                     }
-                    None => break,
+                    Some(Started::Nothing) | None => break,
                 }
             }
             self.grace.leave(all);

@@ -38,17 +38,18 @@ use crate::virtio::inflight::View;
 pub struct QueueSetup {
     /// The guest's memory.
     pub map: Arc<GuestMap>,
-    /// Entries (a power of two).
+    /// Entries (of a split ring a power of two).
     pub size: u16,
     /// The descriptor table, at a user address of the front end.
     pub desc: u64,
-    /// The available ring, likewise.
+    /// The available ring, likewise; of a packed ring the driver's event suppression.
     pub avail: u64,
-    /// The used ring, likewise.
+    /// The used ring, likewise; of a packed ring the device's event suppression.
     pub used: u64,
-    /// The next available index to take.
-    pub base: u16,
-    /// Where the ring's requests in flight are kept for our successor; if it has been used, it knows better than `base`.
+    /// Where it goes on, as [`Virtqueue::base`](crate::virtio::queue::Virtqueue::base) has it.
+    pub base: u32,
+    /// Where the requests in flight of a split ring are kept for our successor; if it has been used, it knows better than
+    /// `base`.
     pub inflight: Option<View>,
     /// The features that the driver accepted (device and ring bits).
     pub features: u64,
@@ -77,11 +78,11 @@ pub trait Device: Send + Sync {
     /// Starts a ring: takes it from `setup.base` on, and looks at it at once.
     ///
     /// # Errors
-    /// EINVAL if its addresses are not in the map, its size is not a power of two or too large, or it runs already.
+    /// EINVAL if its addresses are not in the map, its size cannot be or is too large, or it runs already.
     fn start_queue(&self, index: u16, setup: QueueSetup) -> Result<(), Errno>;
-    /// Stops a ring: takes no new request, waits for those in flight, publishes them. Answers the next available index;
-    /// `None` if it did not run. Afterwards no byte of guest memory is touched on its behalf.
-    fn stop_queue(&self, index: u16) -> Option<u16>;
+    /// Stops a ring: takes no new request, waits for those in flight, publishes them. Answers where it would go on (as
+    /// [`QueueSetup::base`]); `None` if it did not run. Afterwards no byte of guest memory is touched on its behalf.
+    fn stop_queue(&self, index: u16) -> Option<u32>;
     /// A message has been handled, and no ring runs; its answer goes out afterwards. A ring that only moves does not come by
     /// here between its stop and its start.
     fn no_ring_runs(&self) {}

@@ -24,6 +24,7 @@ use crate::err;
 use crate::error::Result;
 use crate::mem::GuestMap;
 use crate::mem::map::MAX_REGIONS;
+use crate::virtio::queue::{is_packed, is_size};
 
 /// The protocol features offered. QEMU acknowledges every one that it knows, without asking whether it can serve it:
 /// INBAND_NOTIFICATIONS must never stand here. To come: LOG_SHMFD and bit 20.
@@ -227,6 +228,11 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Whether the driver's rings are packed, as far as is known.
+    fn is_packed(&self) -> bool {
+        self.features.is_some_and(is_packed)
+    }
+
     fn all(&self) -> Range<usize> {
         0..self.rings.len()
     }
@@ -385,8 +391,9 @@ impl Session<'_> {
     /// Changes to another map. Rings that it does not hold any more are stopped first; rings that waited for theirs
     /// start.
     fn switch_memory(&mut self, map: Arc<GuestMap>, drain: bool) {
+        let packed = self.is_packed();
         for i in self.all() {
-            if self.rings[i].running && !self.rings[i].is_mapped(&map) {
+            if self.rings[i].running && !self.rings[i].is_mapped(&map, packed) {
                 self.halt(i);
                 self.warn(&format!("queue {i}: its memory is taken away, it stops"));
             }
@@ -397,7 +404,7 @@ impl Session<'_> {
         self.map = map;
         // Regions may come one by one: a ring that is not in memory yet is no reason to refuse this one.
         for i in self.all() {
-            if self.rings[i].is_mapped(&self.map) {
+            if self.rings[i].is_mapped(&self.map, packed) {
                 self.start_or_warn(i);
             }
         }
@@ -415,7 +422,11 @@ impl Session<'_> {
         if ring.running || !ring.is_wanted() || self.map.regions().is_empty() {
             return Ok(());
         }
-        if !ring.is_mapped(&self.map) {
+        let packed = is_packed(features);
+        if !is_size(ring.size, packed) {
+            return Err(err!("queue {i}: {} entries: not a power of two", ring.size));
+        }
+        if !ring.is_mapped(&self.map, packed) {
             return Err(err!("queue {i}: its addresses are not in guest memory"));
         }
         let fail = |e: &dyn std::fmt::Display| err!("queue {i}: cannot start: {e}");
@@ -424,7 +435,7 @@ impl Session<'_> {
         if setup.inflight.is_none() && self.inflight.is_some() {
             log::warn!("{}: queue {i}: no place in the in-flight region", self.name);
         }
-        log::debug!("{}: queue {i} starts at {} of {}", self.name, ring.base, ring.size);
+        log::debug!("{}: queue {i} starts at {:#x} of {}", self.name, setup.base, ring.size);
         self.device.start_queue(queue(i), setup).map_err(|e| fail(&e))?;
         ring.running = true;
         Ok(())
@@ -447,7 +458,7 @@ impl Session<'_> {
         let ring = &mut self.rings[i];
         if std::mem::take(&mut ring.running) {
             match self.device.stop_queue(queue(i)) {
-                Some(base) => ring.base = base,
+                Some(base) => ring.base = Some(base),
                 None => self.warn(&format!("queue {i}: it had stopped by itself")),
             }
         }
@@ -466,13 +477,17 @@ impl Session<'_> {
     fn get_base(&mut self, state: VringState) -> Result<Answer> {
         let i = self.ring(state.index)?;
         self.stop(i);
-        Ok(Answer::State(VringState { index: state.index, num: u32::from(self.rings[i].base) }))
+        let num = self.rings[i].base(self.is_packed());
+        Ok(Answer::State(VringState { index: state.index, num }))
     }
 
     fn set_size(&mut self, state: VringState) -> Result<()> {
         let i = self.ring(state.index)?;
         let max = self.device.max_queue_size();
-        let size = u16::try_from(state.num).ok().filter(|n| n.is_power_of_two() && *n <= max);
+        // Before the features are known it may be either kind of ring.
+        let may_be =
+            |n| is_size(n, true) && (self.features.is_none() || is_size(n, self.is_packed()));
+        let size = u16::try_from(state.num).ok().filter(|n| may_be(*n) && *n <= max);
         let size = size.ok_or_else(|| {
             err!("queue {i}: {} entries: not a power of two, at most {max}", state.num)
         })?;
@@ -485,10 +500,11 @@ impl Session<'_> {
 
     fn set_base(&mut self, state: VringState) -> Result<()> {
         let i = self.ring(state.index)?;
-        let base = u16::try_from(state.num)
-            .map_err(|_| err!("queue {i}: {:#x} is not an index", state.num))?;
+        if self.features.is_some() && !self.is_packed() && state.num > u16::MAX.into() {
+            return Err(err!("queue {i}: {:#x} is not an index", state.num));
+        }
         self.stop_if_running(i, "another base");
-        self.rings[i].base = base;
+        self.rings[i].base = Some(state.num);
         Ok(())
     }
 
@@ -511,7 +527,11 @@ impl Session<'_> {
         }
         self.rings[i].addr = Some(addr);
         // A ring that was kicked before may have lacked this alone. If its memory is still to come, that is no error.
-        if ran || self.rings[i].is_mapped(&self.map) { self.start(i) } else { Ok(()) }
+        if ran || self.rings[i].is_mapped(&self.map, self.is_packed()) {
+            self.start(i)
+        } else {
+            Ok(())
+        }
     }
 
     /// SET_VRING_ENABLE. cloud-hypervisor pauses a guest with a 0 alone: then the ring is drained before the answer, and

@@ -116,7 +116,7 @@ fn a_stop_waits_for_what_is_resubmitted() {
     place.restart();
     client.reconnect(place.socket(), Base::Used).unwrap();
     let base = client.stop_queue(3).unwrap();
-    assert_eq!((usize::from(base), in_flight(&client, 3)), (EACH, 0));
+    assert_eq!((usize::try_from(base).unwrap(), in_flight(&client, 3)), (EACH, 0));
     for q in client.queues_mut().iter_mut().rev() {
         assert_eq!(q.wait_all().unwrap().len(), EACH);
     }

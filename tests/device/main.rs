@@ -11,6 +11,7 @@ mod hostile;
 mod hostile_requests;
 mod lifecycle;
 mod model;
+mod packed;
 mod places;
 mod queues;
 mod requests;

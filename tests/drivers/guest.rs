@@ -76,7 +76,7 @@ impl Guest {
             desc: USER,
             avail: USER + AVAIL,
             used: USER + USED,
-            base: self.base,
+            base: self.base.into(),
             inflight: None,
             features: FEATURES,
             kick: owned(&self.kick),

@@ -166,7 +166,7 @@ impl Device for Mock {
         Ok(())
     }
 
-    fn stop_queue(&self, index: u16) -> Option<u16> {
+    fn stop_queue(&self, index: u16) -> Option<u32> {
         if self.state().busy {
             self.record(format!("draining {index}"));
             let idle = self.changed.wait_timeout_while(self.state(), PATIENCE, |s| s.busy);
@@ -178,7 +178,7 @@ impl Device for Mock {
         let progress = state.progress.remove(&index).unwrap_or(0);
         drop(state);
         self.record(format!("stop {index}"));
-        setup.map(|s| s.base.wrapping_add(progress))
+        setup.map(|s| u16::try_from(s.base).expect("split").wrapping_add(progress).into())
     }
 
     fn set_call(&self, index: u16, call: Option<std::os::fd::OwnedFd>) {
