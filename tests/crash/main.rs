@@ -24,7 +24,7 @@ use vub_client::blk::Request;
 use vub_client::{Base, Client, MemStyle, Options, Status};
 
 use common::{LIMIT, eventually};
-use place::{Place, in_flight};
+use place::{Place, in_flight, used_idx};
 
 /// Requests in flight in the tests of one kill.
 const DEPTH: usize = 64;
@@ -72,6 +72,9 @@ fn what_was_in_flight_is_done_by_the_successor() {
         done.sort_unstable();
         assert_eq!(done, tags, "each once, {base:?}");
         eventually("nothing is in flight", || in_flight(&client, 0) == 0);
+        // The region follows the ring, it does not run ahead.
+        let shown = client.queue(0).ring().mem().used_idx();
+        eventually("the last batch is closed", || used_idx(&client, 0) == shown);
         assert_eq!(client.queue(0).run(Request::flush()).unwrap().status, Status::Ok);
         assert_eq!(client.queue(0).poll().unwrap().map(|d| d.tag), None);
     }

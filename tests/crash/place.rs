@@ -83,16 +83,23 @@ fn spawn(node: &str, socket: &Path, threads: u16) -> Child {
     command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
 }
 
-/// The number of requests of a queue that the region says are in flight.
-pub fn in_flight(client: &Client, queue: u64) -> usize {
+/// `N` bytes of the region, from `at` on in a queue's part.
+fn region<const N: usize>(client: &Client, queue: u64, at: u64) -> [u8; N] {
     let (desc, fd) = client.inflight.as_ref().expect("the back end has given a region");
     let file = File::from(fd.try_clone().unwrap());
-    let size = u64::from(desc.queue_size);
-    let part = (16 + 16 * size).next_multiple_of(64);
-    let byte = |head: u64| {
-        let mut byte = [0];
-        file.read_exact_at(&mut byte, desc.mmap_offset + queue * part + 16 + 16 * head).unwrap();
-        usize::from(byte[0])
-    };
-    (0..size).map(byte).sum()
+    let part = (16 + 16 * u64::from(desc.queue_size)).next_multiple_of(64);
+    let mut bytes = [0; N];
+    file.read_exact_at(&mut bytes, desc.mmap_offset + queue * part + at).unwrap();
+    bytes
+}
+
+/// The number of requests of a queue that the region says are in flight.
+pub fn in_flight(client: &Client, queue: u64) -> usize {
+    let size = client.inflight.as_ref().map_or(0, |(desc, _)| u64::from(desc.queue_size));
+    (0..size).map(|head| usize::from(region::<1>(client, queue, 16 + 16 * head)[0])).sum()
+}
+
+/// The used index that the region knows.
+pub fn used_idx(client: &Client, queue: u64) -> u16 {
+    u16::from_ne_bytes(region(client, queue, 14))
 }

@@ -24,7 +24,7 @@ struct Sum {
     amid: u64,
     /// Requests that were resubmitted.
     resubmitted: usize,
-    /// The longest time from a kill to the guest's next completion.
+    /// The longest time from a kill until the successor runs the rings.
     slowest: Duration,
 }
 
@@ -71,7 +71,7 @@ fn soak(engine: Engine, queues: u16) {
     assert!(sum.amid > 0 && sum.resubmitted > 0, "{sum:?}");
 }
 
-/// Waits for some completions, kills, restarts, and waits until the guest has another.
+/// Waits for some completions, kills at some moment, and has a successor serve the guest.
 fn kill_once(
     place: &mut Place,
     client: &mut Client,
@@ -80,7 +80,7 @@ fn kill_once(
     sum: &mut Sum,
 ) {
     let most = [8, 300][usize::from(random.below(3) > 0)];
-    let mut wanted = usize::try_from(random.below(most)).unwrap();
+    let wanted = usize::try_from(random.below(most)).unwrap();
     let mut wait = |n: usize| {
         let mut seen = 0;
         while seen < n {
@@ -90,7 +90,7 @@ fn kill_once(
         }
         sum.requests += seen;
     };
-    wait(std::mem::take(&mut wanted));
+    wait(wanted);
     let pause = Instant::now();
     // Not only when something has just ended.
     while pause.elapsed() < Duration::from_micros(random.below(3000)) {
@@ -103,11 +103,11 @@ fn kill_once(
     place.restart();
     let base = [Base::Used, Base::Avail][usize::from(random.below(2) == 0)];
     client.reconnect(place.socket(), base).unwrap();
+    sum.slowest = sum.slowest.max(killed.elapsed());
     wait(1);
     sum.kills += 1;
     sum.amid += u64::from(left > 0);
     sum.resubmitted += left;
-    sum.slowest = sum.slowest.max(killed.elapsed());
 }
 
 fn queues(client: &Client) -> u64 {
