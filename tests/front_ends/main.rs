@@ -11,6 +11,7 @@ mod crosvm;
 mod firecracker;
 mod fixture;
 mod hostile;
+mod log;
 mod mock;
 mod qemu;
 mod script;
