@@ -17,7 +17,7 @@ use crate::block::graph::RootUser;
 use crate::block::{Graph, Node, Op, Opener};
 use crate::err;
 use crate::error::{Errno, Result};
-use crate::mem::GuestMap;
+use crate::mem::{GuestMap, RingLog};
 use crate::rt::{self, Inbox, Mail};
 use crate::vhost_user::{Device, QueueSetup};
 use crate::virtio::blk::{CONFIG_LEN, CONFIG_WCE, Geometry, SECTOR};
@@ -389,6 +389,7 @@ impl Device for Export {
         let addrs = RingAddrs { desc: setup.desc, avail: setup.avail, used: setup.used };
         let mut ring =
             Virtqueue::new(setup.map, addrs, setup.size, setup.base, setup.features)?;
+        ring.set_log(setup.log);
         let tracker = match (&mut ring, setup.inflight) {
             (Virtqueue::Split(ring), Some(view)) => Some(self.track(index, view, ring)?),
             (Virtqueue::Packed(_), Some(_)) => {
@@ -436,6 +437,10 @@ impl Device for Export {
 
     fn set_err(&self, index: u16, err: Option<OwnedFd>) {
         self.command(index, |done| Command::SetErr(index, err, done));
+    }
+
+    fn set_log(&self, index: u16, log: Option<RingLog>) {
+        self.command(index, |done| Command::SetLog(index, log, done));
     }
 
     fn set_memory(&self, map: Arc<GuestMap>, drain: bool) {

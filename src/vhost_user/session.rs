@@ -4,8 +4,7 @@
 //! GET_VRING_BASE, SET_VRING_ENABLE 0, a reset or REM_MEM_REG promise about the guest's memory holds when the front
 //! end reads the answer. Sections named are those of the "Vhost-user Protocol" document.
 //!
-//! LOG_SHMFD and GET_VRING_BASE_INFLIGHT have their place in [`OFFERED`] and in
-//! [`Session::handle`]; SET_FEATURES says where LOG_ALL belongs.
+//! GET_VRING_BASE_INFLIGHT has its place in [`OFFERED`] and in [`Session::handle`].
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -22,13 +21,14 @@ use super::socket::{Channel, End};
 use super::{Device, memory};
 use crate::err;
 use crate::error::Result;
-use crate::mem::GuestMap;
 use crate::mem::map::MAX_REGIONS;
+use crate::mem::{DirtyLog, GuestMap, RingLog};
 use crate::virtio::queue::{is_packed, is_size};
 
 /// The protocol features offered. QEMU acknowledges every one that it knows, without asking whether it can serve it:
-/// INBAND_NOTIFICATIONS must never stand here. To come: LOG_SHMFD and bit 20.
+/// INBAND_NOTIFICATIONS must never stand here. To come: bit 20.
 pub(super) const OFFERED: Protocol = Protocol::MQ
+    .union(Protocol::LOG_SHMFD)
     .union(Protocol::REPLY_ACK)
     .union(Protocol::BACKEND_REQ)
     .union(Protocol::CONFIG)
@@ -37,6 +37,9 @@ pub(super) const OFFERED: Protocol = Protocol::MQ
     .union(Protocol::CONFIGURE_MEM_SLOTS)
     .union(Protocol::STATUS)
     .union(Protocol::DEVICE_STATE);
+
+/// Feature bits that are not the device's.
+const OWN: u64 = VHOST_USER_F_PROTOCOL_FEATURES | VHOST_F_LOG_ALL;
 
 /// Warnings of one connection that are logged as such: a front end must not be able to fill a disk with our log.
 const MAX_WARNINGS: u32 = 64;
@@ -49,6 +52,7 @@ enum Answer {
     State(VringState),
     Config(Vec<u8>),
     Inflight(InflightDesc, Option<OwnedFd>),
+    Log(LogPlace),
 }
 
 /// The state of one connection.
@@ -60,8 +64,10 @@ pub(super) struct Session<'a> {
     map: Arc<GuestMap>,
     /// Where requests in flight are tracked.
     inflight: Option<Area>,
-    /// What the driver accepted, with PROTOCOL_FEATURES; `None` before it did.
+    /// What the driver accepted, with [`OWN`]; `None` before it did.
     features: Option<u64>,
+    /// The last SET_LOG_BASE.
+    log: Option<Result<Arc<DirtyLog>>>,
     protocol: Protocol,
     status: u8,
     /// A transfer of the device's state, from its beginning to its check.
@@ -85,6 +91,7 @@ impl<'a> Session<'a> {
             map: Arc::default(),
             inflight: None,
             features: None,
+            log: None,
             protocol: Protocol::empty(),
             status: 0,
             state: None,
@@ -99,6 +106,7 @@ impl<'a> Session<'a> {
         self.config_change.detach();
         self.map = Arc::default();
         self.state = None;
+        self.log = None;
         self.device.disconnected();
         end
     }
@@ -150,8 +158,10 @@ impl<'a> Session<'a> {
                 fd_out = fd;
                 desc.to_bytes()
             }
+            Ok(Answer::Log(place)) => place.to_bytes(),
             // Requests that always have a reply have no way to fail but a reply without payload.
             Err(_) if matches!(header.request, GET_CONFIG | GET_VRING_BASE) => Vec::new(),
+            Err(_) if header.request == SET_LOG_BASE && self.log_is_answered() => Vec::new(),
             Ok(Answer::Done) if wants_ack => 0u64.to_ne_bytes().to_vec(),
             Err(_) if wants_ack => 1u64.to_ne_bytes().to_vec(),
             Ok(Answer::Done) | Err(_) => return None,
@@ -180,6 +190,7 @@ impl<'a> Session<'a> {
             GET_INFLIGHT_FD => return Ok(self.get_inflight(m)),
             SET_DEVICE_STATE_FD => return Ok(self.set_state_fd(m)),
             CHECK_DEVICE_STATE => return Ok(self.check_state()),
+            SET_LOG_BASE => return self.set_log(m),
 
             // Every front end owns its connection; StratoVirt says so at each activation.
             SET_OWNER => {}
@@ -189,6 +200,8 @@ impl<'a> Session<'a> {
             SET_FEATURES => self.set_features(m.u64()?)?,
             SET_PROTOCOL_FEATURES => self.set_protocol_features(m.u64()?)?,
             SET_CONFIG => self.set_config(m)?,
+            // Nobody says what it is for: QEMU never sends it. Closed.
+            SET_LOG_FD => drop(m.take_fd()?),
             SET_BACKEND_REQ_FD => self.config_change.attach(UnixStream::from(m.take_fd()?)),
 
             SET_MEM_TABLE => {
@@ -215,7 +228,6 @@ impl<'a> Session<'a> {
 
             SET_INFLIGHT_FD => self.inflight = Some(Area::map(m.inflight()?, m.take_fd()?)?),
 
-            // To come here: SET_LOG_BASE, SET_LOG_FD.
             _ => return Err(err!("not supported")),
         }
         Ok(Answer::Done)
@@ -241,17 +253,27 @@ impl<'a> Session<'a> {
 /// Features, status and configuration space.
 impl Session<'_> {
     fn offered_features(&self) -> u64 {
-        self.device.features() | VHOST_USER_F_PROTOCOL_FEATURES
+        self.device.features() | OWN
     }
 
-    /// SET_FEATURES. Repeated with the same bits, it does nothing. With others (LOG_ALL, when it is offered, will be
-    /// switched without this), running rings are drained and go on with the new ones.
+    /// SET_FEATURES. Repeated with the same bits, it does nothing; if only LOG_ALL is another, running rings go on and log,
+    /// or do not log any more. With others, running rings are drained and go on with the new ones.
     fn set_features(&mut self, acked: u64) -> Result<()> {
         let foreign = acked & !self.offered_features();
         if foreign != 0 {
             return Err(err!("features {foreign:#x} were not offered"));
         }
-        if self.features != Some(acked) {
+        // QEMU looks only at whether SET_LOG_BASE has a reply: it must not migrate without a log.
+        if let (Some(Err(e)), true) = (&self.log, acked & VHOST_F_LOG_ALL != 0) {
+            return Err(err!("there is no dirty log: {e}"));
+        }
+        let changed = self.features.map_or(u64::MAX, |f| f ^ acked);
+        if changed & !VHOST_F_LOG_ALL == 0 {
+            self.features = Some(acked);
+            if changed != 0 && self.has_log() {
+                self.switch_log();
+            }
+        } else {
             log::info!(
                 "{}: features negotiated: {acked:#x}, protocol {:#x}",
                 self.name,
@@ -260,7 +282,7 @@ impl Session<'_> {
             let ran: Vec<usize> = self.all().filter(|i| self.rings[*i].running).collect();
             ran.iter().for_each(|i| self.halt(*i));
             self.features = Some(acked);
-            self.device.set_features(acked & !VHOST_USER_F_PROTOCOL_FEATURES);
+            self.device.set_features(acked & !OWN);
         }
         // "Ring states": a front end that does not negotiate them has no SET_VRING_ENABLE either.
         if acked & VHOST_USER_F_PROTOCOL_FEATURES == 0 {
@@ -411,14 +433,51 @@ impl Session<'_> {
     }
 }
 
+/// The dirty log ("Migration").
+impl Session<'_> {
+    /// SET_LOG_BASE, also while rings run. Its answer says that the log before is not written any more, and is the
+    /// description of the log: rust-vmm wants those 16 bytes, QEMU any reply. A log that cannot be had leaves none.
+    fn set_log(&mut self, m: &mut Message) -> Result<Answer> {
+        let place = m.log_place()?;
+        let log = m.take_fd().and_then(|fd| memory::log(place, fd));
+        let outcome = log.as_ref().map(|_| ()).map_err(|e| err!("{e}"));
+        self.log = Some(log);
+        self.switch_log();
+        outcome.map(|()| if self.log_is_answered() { Answer::Log(place) } else { Answer::Done })
+    }
+
+    /// "VHOST_USER_SET_LOG_BASE": whether it has a reply in any case.
+    fn log_is_answered(&self) -> bool {
+        self.protocol.contains(Protocol::LOG_SHMFD)
+    }
+
+    fn has_log(&self) -> bool {
+        matches!(self.log, Some(Ok(_)))
+    }
+
+    /// What ring `i` is to log now.
+    fn ring_log(&self, i: usize) -> Option<RingLog> {
+        let Some(Ok(log)) = &self.log else { return None };
+        let data = self.features.is_some_and(|f| f & VHOST_F_LOG_ALL != 0);
+        let used = self.rings[i].addr.filter(|a| a.flags & VRING_F_LOG != 0).map(|a| a.log);
+        (data || used.is_some()).then(|| RingLog { log: Arc::clone(log), data, used })
+    }
+
+    /// Running rings log as is wanted now. They do not stop for it.
+    fn switch_log(&self) {
+        for i in self.all().filter(|i| self.rings[*i].running) {
+            self.device.set_log(queue(i), self.ring_log(i));
+        }
+    }
+}
+
 /// Rings.
 impl Session<'_> {
     /// Starts ring `i` if it is wanted and does not run.
     fn start(&mut self, i: usize) -> Result<()> {
+        let log = self.ring_log(i);
         let ring = &mut self.rings[i];
-        let Some(features) = self.features.map(|f| f & !VHOST_USER_F_PROTOCOL_FEATURES) else {
-            return Ok(());
-        };
+        let Some(features) = self.features.map(|f| f & !OWN) else { return Ok(()) };
         if ring.running || !ring.is_wanted() || self.map.regions().is_empty() {
             return Ok(());
         }
@@ -430,7 +489,7 @@ impl Session<'_> {
             return Err(err!("queue {i}: its addresses are not in guest memory"));
         }
         let fail = |e: &dyn std::fmt::Display| err!("queue {i}: cannot start: {e}");
-        let mut setup = ring.setup(&self.map, features).map_err(|e| fail(&e))?;
+        let mut setup = ring.setup(&self.map, features, log).map_err(|e| fail(&e))?;
         setup.inflight = self.inflight.as_ref().and_then(|area| area.view(queue(i), ring.size));
         if setup.inflight.is_none() && self.inflight.is_some() {
             log::warn!("{}: queue {i}: no place in the in-flight region", self.name);
@@ -520,12 +579,15 @@ impl Session<'_> {
     fn set_addr(&mut self, index: u32, addr: VringAddr) -> Result<()> {
         let i = self.ring(index)?;
         let parts = |a: VringAddr| (a.desc, a.avail, a.used);
-        let moves = self.rings[i].addr.map(parts) != Some(parts(addr));
+        let before = self.rings[i].addr;
         let ran = self.rings[i].running;
-        if moves {
+        if before.map(parts) != Some(parts(addr)) {
             self.halt(i);
         }
         self.rings[i].addr = Some(addr);
+        if before != Some(addr) && self.rings[i].running && self.has_log() {
+            self.device.set_log(queue(i), self.ring_log(i));
+        }
         // A ring that was kicked before may have lacked this alone. If its memory is still to come, that is no error.
         if ran || self.rings[i].is_mapped(&self.map, self.is_packed()) {
             self.start(i)

@@ -21,7 +21,7 @@ use super::chain::{Broken, CHAIN_MAX, Chain, Desc};
 use super::feature;
 use super::queue::{RingAddrs, is_size};
 use crate::error::Errno;
-use crate::mem::GuestMap;
+use crate::mem::{GuestMap, IoVec, RingLog};
 
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 const AVAIL: u16 = 1 << VRING_PACKED_DESC_F_AVAIL;
@@ -97,6 +97,8 @@ pub struct Packed {
     entries: Box<[u16]>,
     /// The descriptors of the chain taken last.
     taken: Vec<Desc>,
+    /// Where our writes are logged, while the guest migrates.
+    log: Option<RingLog>,
 }
 
 // SAFETY: the pointers point into `map`, which moves along; a ring has one owner at a time.
@@ -139,6 +141,7 @@ impl Packed {
             held,
             entries: vec![0; size.into()].into(),
             taken: Vec::with_capacity(size.into()),
+            log: None,
         };
         ring.remap(map)?;
         Ok(ring)
@@ -156,6 +159,35 @@ impl Packed {
         (self.ring, self.driver_event, self.device_event) = (ring, driver.cast(), device.cast());
         self.map = map;
         Ok(())
+    }
+
+    /// Logs our writes there from now on.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        self.log = log;
+    }
+
+    /// The device has written `iov`, memory of a chain that is about to be given back; when that is early enough
+    /// [`Ring::log_written`](super::ring::Ring::log_written) says.
+    #[inline]
+    pub fn log_written(&self, iov: &[IoVec]) {
+        if let Some(log) = &self.log {
+            log.mark_data(&self.map, iov);
+        }
+    }
+
+    /// Descriptors or the device's event suppression have been written: all of the ring counts as written, wherever the front
+    /// end says that a used ring is to be logged, for a packed one has none of its own.
+    #[inline]
+    fn log_ring(&self) {
+        let Some(log) = &self.log else { return };
+        // SAFETY: both were checked in `remap` to lie in the map, which lives.
+        let parts = unsafe {
+            [
+                IoVec::new(self.ring, 16 * usize::from(self.size)),
+                IoVec::new(self.device_event.cast(), 4),
+            ]
+        };
+        log.log.mark_host(&self.map, &parts);
     }
 
     /// The guest's memory.
@@ -329,6 +361,7 @@ impl Packed {
     pub fn publish(&mut self) -> bool {
         let Some(Hidden { start, flags }) = self.hidden.take() else { return false };
         self.flags(start.at).store(flags.to_le(), Ordering::Release);
+        self.log_ring();
         // The flags must be visible before the guest's wish is read, or both sides sleep.
         fence(Ordering::SeqCst);
         let wish = u32::from_le(self.event(self.driver_event).load(Ordering::Relaxed));
@@ -355,6 +388,7 @@ impl Packed {
             VRING_PACKED_EVENT_FLAG_ENABLE << 16
         };
         self.event(self.device_event).store(wish.to_le(), Ordering::Relaxed);
+        self.log_ring();
         // The wish must be visible before we look at the next descriptor a last time.
         fence(Ordering::SeqCst);
     }
@@ -363,6 +397,7 @@ impl Packed {
     pub fn disarm_kick(&mut self) {
         let wish = VRING_PACKED_EVENT_FLAG_DISABLE << 16;
         self.event(self.device_event).store(wish.to_le(), Ordering::Relaxed);
+        self.log_ring();
     }
 }
 

@@ -9,7 +9,7 @@ use super::feature;
 use super::packed::Packed;
 use super::ring::{Broken, Chain, Ring};
 use crate::error::Errno;
-use crate::mem::GuestMap;
+use crate::mem::{GuestMap, IoVec, RingLog};
 
 /// Whether the driver's `features` make its virtqueues packed ones.
 pub fn is_packed(features: u64) -> bool {
@@ -99,6 +99,17 @@ impl Virtqueue {
     /// EINVAL as for [`Virtqueue::new`].
     pub fn remap(&mut self, map: Arc<GuestMap>) -> Result<(), Errno> {
         either!(self, ring => ring.remap(map))
+    }
+
+    /// Logs our writes to the guest's memory there from now on.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        either!(self, ring => ring.set_log(log));
+    }
+
+    /// The device has written `iov`, memory of a chain that is about to be given back.
+    #[inline]
+    pub fn log_written(&self, iov: &[IoVec]) {
+        either!(self, ring => ring.log_written(iov));
     }
 
     /// The guest's memory.

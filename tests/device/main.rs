@@ -6,10 +6,12 @@
 mod common;
 
 mod cache;
+mod dirty_log;
 mod engines;
 mod hostile;
 mod hostile_requests;
 mod lifecycle;
+mod memory;
 mod model;
 mod packed;
 mod places;

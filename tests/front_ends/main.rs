@@ -13,6 +13,7 @@ mod firecracker;
 mod fixture;
 mod hostile;
 mod inflight;
+mod log;
 mod mock;
 mod qemu;
 mod script;
