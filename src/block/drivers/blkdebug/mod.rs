@@ -6,7 +6,7 @@
 //! `read_compressed`, `write_aio`, `cow_read`, `cow_write`, `refblock_load`, `refblock_update_part`,
 //! `refblock_alloc_hookup`, `refblock_alloc_write_table`, `refblock_alloc_switch_table`, `cluster_alloc`, `cluster_free`,
 //! `flush_to_os`, `flush_to_disk`; by `raw`: `read_aio`, `write_aio`, `flush_to_disk`; by the generic layer on the node itself:
-//! `pwritev`, `pwritev_zero`, `pwritev_done`; and `none`, once, at the start. The others of QEMU's names are accepted and never
+//! `pwritev`, `pwritev_zero`; and `none`, once, at the start. The others of QEMU's names are accepted and never
 //! raised: what they stand for does not happen here, or not as a step of its own.
 #![forbid(unsafe_code)]
 
