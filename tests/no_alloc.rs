@@ -142,6 +142,7 @@ fn allocations(name: &str, node: Value, checked: bool) -> u64 {
         serial: String::new(),
         threads: 1,
         poll_max_ns: 32768,
+        on_error: Default::default(),
     };
     let export = Export::new(&graph, &node, config).unwrap();
     let mut rng = Rng::new(7);

@@ -47,6 +47,10 @@ qemu-storage-daemon, processed in order; long options may have one dash or two.
            [,threads=<n>]                  workers (one for each queue, at most one
                                            for each processor of the host)
            [,poll-max-ns=<n>]              longest busy wait, 0 = none (32768)
+           [,rerror=<policy>][,werror=<policy>]
+                                           when the storage fails: report (the default),
+                                           ignore, enospc (wait for space, else report),
+                                           stop (wait for SIGUSR1), auto (as QEMU)
            [,iothread=<id>][,fixed-iothread=on|off]
                                            take poll-max-ns from that object
                          offer a block node to a guest; `id` may be left out

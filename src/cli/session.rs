@@ -174,6 +174,11 @@ impl Session {
         self.exports.serve()
     }
 
+    /// Somebody has seen to the storage: requests that failed and wait are tried again. What SIGUSR1 means.
+    pub fn resume(&self) {
+        self.exports.resume();
+    }
+
     /// Ends everything in order: connections, exports, nodes, and then the sockets' names.
     ///
     /// Whether everything that guests wrote is stable, and all nodes were closed in order.
