@@ -8,6 +8,9 @@
 //! ```
 #![forbid(unsafe_code)]
 
+use std::fs::File;
+use std::io::Read;
+
 use serde_json::Value;
 
 use super::rules::Rule;
@@ -24,12 +27,12 @@ const LEN_MAX: u64 = 1 << 20;
 /// # Errors
 /// In QEMU's words.
 pub fn read(path: &str) -> Result<Vec<Rule>> {
-    let unreadable =
-        |e: std::io::Error| Error::from_errno("Could not read blkdebug config file", e.into());
-    if std::fs::metadata(path).map_err(unreadable)?.len() > LEN_MAX {
-        return Err(err!("Could not read blkdebug config file: longer than {LEN_MAX} bytes"));
-    }
-    parse(&std::fs::read_to_string(path).map_err(unreadable)?)
+    let failed = |what: &str, e: std::io::Error| Error::from_errno(what, e.into());
+    let file = File::open(path).map_err(|e| failed("Could not read blkdebug config file", e))?;
+    let mut text = String::new();
+    let read = file.take(LEN_MAX).read_to_string(&mut text);
+    read.map_err(|e| failed("Cannot read config file", e))?;
+    parse(&text)
 }
 
 fn parse(text: &str) -> Result<Vec<Rule>> {
