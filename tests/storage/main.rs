@@ -11,4 +11,6 @@ mod injected;
 mod logged;
 mod metadata;
 mod policy;
+mod power;
 mod real;
+mod recorder;
