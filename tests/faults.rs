@@ -196,6 +196,7 @@ fn export(options: Value) -> std::sync::Arc<Export> {
         serial: String::new(),
         threads: 1,
         poll_max_ns: 0,
+        on_error: Default::default(),
     };
     Export::new(&graph, &node, config).unwrap()
 }

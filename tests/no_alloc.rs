@@ -152,6 +152,7 @@ fn config(name: &str) -> ExportConfig {
         serial: String::new(),
         threads: 1,
         poll_max_ns: 32768,
+        on_error: Default::default(),
     }
 }
 

@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::graph::{Graph, NodeId};
 use super::node::{Edge, InForce, Role};
 use super::perm::{ChildPermFn, Perms};
-use super::{Dir, IoFuture, Limits, Map, Op};
+use super::{Dir, Event, IoFuture, Limits, Map, Op};
 use crate::err;
 use crate::error::{Errno, Result};
 use crate::mem::Sg;
@@ -263,6 +263,11 @@ pub trait Driver: Send + Sync {
     /// Slow lane: any operation. `ENOTSUP` for a discard means "ignored", for write-zeroes "write zero bytes": the
     /// generic layer does so.
     fn submit<'a>(&'a self, op: Op<'a>) -> IoFuture<'a>;
+
+    /// A parent is about to do this here: see [`super::event`]. Never blocks.
+    fn event(&self, event: Event) {
+        let _ = event;
+    }
 
     /// Sets the length of the node, both ways; what is added reads as zeroes. ENOTSUP where the length is given. It is as
     /// stable as a write: after the next flush. The caller has nothing in flight past the smaller of the two lengths.

@@ -26,6 +26,7 @@
 
 pub mod driver;
 pub mod drivers;
+pub mod event;
 pub mod graph;
 pub mod implicit;
 pub mod io;
@@ -42,6 +43,7 @@ use std::future::Future;
 use std::pin::Pin;
 
 pub use driver::{Driver, DriverDef, DriverKind, OpenArgs, Recognises};
+pub use event::Event;
 pub use graph::{Graph, RootUser};
 pub use node::{Edge, InForce, Node, Role};
 pub use opener::Opener;

@@ -11,7 +11,7 @@ use super::objects::{Objects, POLL_MAX_NS_DEFAULT, check_not_negative, id_is_wel
 use crate::block::{Graph, Node, Opener};
 use crate::err;
 use crate::error::Result;
-use crate::export::{Export, ExportConfig};
+use crate::export::{Export, ExportConfig, OnError, OnErrors};
 use crate::qapi::{Input, Options, schema};
 use crate::vhost_user::{Endpoint, Server};
 
@@ -168,6 +168,8 @@ impl Wanted {
             None => cores,
         };
         check_not_negative(&self.options, &["poll-max-ns"])?;
+        // The schema has checked the words.
+        let on_error = |name, write| OnError::parse(self.text(name), write).unwrap_or_default();
         Ok(ExportConfig {
             id: self.text("id").to_string(),
             writable: self.flag("writable"),
@@ -178,6 +180,7 @@ impl Wanted {
             serial: serial.to_string(),
             threads: threads.min(usize::from(num_queues)),
             poll_max_ns: self.number("poll-max-ns").or(poll_max_ns).unwrap_or(POLL_MAX_NS_DEFAULT),
+            on_error: OnErrors { read: on_error("rerror", false), write: on_error("werror", true) },
         })
     }
 
@@ -321,6 +324,11 @@ impl Exports {
     /// Looks whether disks have become longer, and tells their guests.
     pub fn look_at_sizes(&self) {
         self.list.iter().for_each(|running| running.export.look_at_size());
+    }
+
+    /// Has all exports try again what failed and waits (`rerror=stop`, `werror=stop`).
+    pub fn resume(&self) {
+        self.list.iter().for_each(|running| running.export.resume());
     }
 
     /// Ends all connections, then all exports: requests in flight are finished and everything is flushed. The sockets

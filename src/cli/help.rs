@@ -51,6 +51,10 @@ qemu-storage-daemon, processed in order; long options may have one dash or two.
                                            guest uses it, for migration (start)
            [,allow-inactive=on|off]        serve a node with active=off: unusable until
                                            activated (off)
+           [,rerror=<policy>][,werror=<policy>]
+                                           when the storage fails: report (the default),
+                                           ignore, enospc (wait for space, else report),
+                                           stop (wait for SIGUSR1), auto (as QEMU)
            [,iothread=<id>][,fixed-iothread=on|off]
                                            take poll-max-ns from that object
                          offer a block node to a guest; `id` may be left out

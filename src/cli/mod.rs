@@ -134,7 +134,7 @@ fn serve(
         background.ready().map_err(|e| err!("cannot go to the background: {e}"))?;
     }
     daemon::notify("READY=1");
-    let signal = wait_for_end(signals, || session.look_at_sizes())
+    let signal = wait_for_end(signals, || session.look_at_storage())
         .map_err(|e| err!("cannot wait for signals: {e}"))?;
     log::info!("signal {signal}: stopping");
     daemon::notify("STOPPING=1");

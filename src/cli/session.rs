@@ -194,9 +194,11 @@ impl Session {
         self.exports.serve()
     }
 
-    /// Offers media that have become longer to the guests.
-    pub fn look_at_sizes(&self) {
+    /// What SIGUSR1 means, somebody has seen to the storage: media that have become longer are offered to the guests, and
+    /// requests that failed and wait are tried again.
+    pub fn look_at_storage(&self) {
         self.exports.look_at_sizes();
+        self.exports.resume();
     }
 
     /// Ends everything in order: connections, exports, nodes, and then the sockets' names.

@@ -27,20 +27,21 @@ use crate::virtio::queue::{RingAddrs, Virtqueue};
 use crate::virtio::ring::Ring;
 
 mod active;
+mod policy;
 mod queue;
 mod request;
 mod resize;
 mod worker;
 
 use active::Activation;
+use policy::Reports;
+pub use policy::{OnError, OnErrors};
 use queue::Queue;
 use request::Doing;
 use worker::Command;
 
 /// How often a drain that takes long is reported.
 const DRAIN_REPORT: Duration = Duration::from_secs(5);
-/// Failed requests are reported at most this often.
-const FAILURE_REPORT: Duration = Duration::from_secs(1);
 
 /// What the user chose for an export.
 #[derive(Clone, Debug)]
@@ -63,6 +64,8 @@ pub struct ExportConfig {
     pub threads: usize,
     /// The longest busy wait for the guest, in nanoseconds; 0 = never.
     pub poll_max_ns: u64,
+    /// What becomes of requests that fail (`rerror`, `werror`).
+    pub on_error: OnErrors,
 }
 
 /// What the workers share.
@@ -74,7 +77,8 @@ struct Shared {
     serial: String,
     sectors: AtomicU64,
     writeback: AtomicBool,
-    reported: Mutex<Option<Instant>>,
+    on_error: OnErrors,
+    reports: Mutex<Reports>,
 }
 
 impl Shared {
@@ -86,34 +90,49 @@ impl Shared {
         self.writeback.load(Ordering::Relaxed)
     }
 
-    /// Logs a failed request, not more than one a second.
+    /// Logs a failed request, once: see [`Reports`].
     fn report(&self, doing: &Doing, e: Errno) {
-        if self.may_report() {
-            let Doing { what, offset, len, .. } = doing;
-            let node = &self.node;
-            log::error!(
-                "export '{}': node '{node}': {what} of {len} bytes at {offset}: {e}",
-                self.id
-            );
+        if let Some(more) = self.may_report(doing.what, e) {
+            log::error!("{}{}", self.describe(doing, e), left_out(more));
         }
+    }
+
+    /// Logs that a queue waits because a request failed.
+    fn report_stop(&self, queue: u16, doing: &Doing, e: Errno) {
+        if let Some(more) = self.may_report("stop", e) {
+            let failed = self.describe(doing, e);
+            log::error!("{failed}: queue {queue} waits for it to work{}", left_out(more));
+        }
+    }
+
+    /// Logs that it takes requests again.
+    fn report_resume(&self, queue: u16) {
+        if let Some(more) = self.may_report("resume", Errno(0)) {
+            log::warn!("export '{}': queue {queue} goes on{}", self.id, left_out(more));
+        }
+    }
+
+    fn describe(&self, Doing { what, offset, len, .. }: &Doing, e: Errno) -> String {
+        let (id, node) = (&self.id, &self.node);
+        format!("export '{id}': node '{node}': {what} of {len} bytes at {offset}: {e}")
     }
 
     /// Logs a request that is none, likewise: a guest must not be able to fill a disk with our log.
     fn report_malformed(&self, queue: u16, why: &str) {
-        if self.may_report() {
-            log::warn!("export '{}': queue {queue}: malformed request: {why}", self.id);
+        if let Some(more) = self.may_report("malformed", Errno(0)) {
+            let more = left_out(more);
+            log::warn!("export '{}': queue {queue}: malformed request: {why}{more}", self.id);
         }
     }
 
-    fn may_report(&self) -> bool {
-        let now = Instant::now();
-        let mut last = lock(&self.reported);
-        let may = last.is_none_or(|t| now - t >= FAILURE_REPORT);
-        if may {
-            *last = Some(now);
-        }
-        may
+    fn may_report(&self, what: &'static str, e: Errno) -> Option<u64> {
+        lock(&self.reports).may(Instant::now(), what, e)
     }
+}
+
+/// Behind a report: how many were left out before it.
+fn left_out(more: u64) -> String {
+    if more == 0 { String::new() } else { format!(" (and {more} more since the last report)") }
 }
 
 struct Worker {
@@ -188,7 +207,8 @@ impl Export {
             serial: config.serial,
             sectors: AtomicU64::new(node.len() / SECTOR),
             writeback: AtomicBool::new(!config.writethrough),
-            reported: Mutex::new(None),
+            on_error: config.on_error,
+            reports: Mutex::default(),
         });
         let threads = config.threads.clamp(1, usize::from(config.num_queues));
         let state = State {
@@ -235,6 +255,17 @@ impl Export {
         let user = lock(&self.state).user.take();
         drop(user);
         flushed
+    }
+
+    /// Tries again the requests that failed and wait (`rerror=stop`, `werror=stop`): somebody has seen to the storage.
+    pub fn resume(&self) {
+        for inbox in self.inboxes() {
+            self.send(&inbox, Command::Resume, "resume");
+        }
+    }
+
+    fn inboxes(&self) -> Vec<Arc<Inbox>> {
+        lock(&self.state).workers.iter().flatten().map(|w| Arc::clone(&w.inbox)).collect()
     }
 
     /// Makes everything stable that was written. Whether that worked; a failure is logged.
@@ -444,9 +475,7 @@ impl Device for Export {
     }
 
     fn set_memory(&self, map: Arc<GuestMap>, drain: bool) {
-        let inboxes: Vec<Arc<Inbox>> =
-            lock(&self.state).workers.iter().flatten().map(|w| Arc::clone(&w.inbox)).collect();
-        for inbox in inboxes {
+        for inbox in self.inboxes() {
             let map = Arc::clone(&map);
             self.send(&inbox, |done| Command::SetMemory(map, drain, done), "memory change");
         }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
 use super::Shared;
+use super::policy::Verdict;
 use super::request::{Action, Disk, Slot, Slow, Transfer, bytes};
 use crate::block::io::aligned_for;
 use crate::block::{Dir, Map, Node};
@@ -25,6 +26,8 @@ const ZERO_MAX: u64 = 256 << 10;
 /// Whether a queue takes requests.
 enum State {
     Running,
+    /// A request failed and is kept: nothing more is taken until it has been carried out.
+    Held,
     /// The guest's lie was found; what is in flight completes, nothing more is taken.
     Broken,
     /// Waiting for what is in flight; then where the ring would go on is sent.
@@ -44,6 +47,12 @@ pub struct Queue {
     slots: Box<[Slot]>,
     in_flight: u32,
     state: State,
+    /// Requests that failed and are to be tried again.
+    kept: Vec<(u16, Slow)>,
+    /// Those, and those that are being tried again.
+    held: u32,
+    /// One of them will be tried again without being told to.
+    retry: bool,
     kick: Option<OwnedFd>,
     call: Option<File>,
     err: Option<File>,
@@ -84,6 +93,9 @@ impl Queue {
             slots,
             in_flight: 0,
             state: State::Running,
+            kept: Vec::new(),
+            held: 0,
+            retry: false,
             kick,
             call: call.map(notifier),
             err: err.map(notifier),
@@ -283,18 +295,75 @@ impl Queue {
         Some(self.slow(head, Action::Transfer { write, offset }))
     }
 
-    /// The slow lane's answer.
-    pub fn slow_done(&mut self, head: u16, result: Result<(), Errno>) {
+    /// The slow lane's answer to `slow`.
+    pub fn slow_done(&mut self, head: u16, slow: Slow, result: Result<(), Errno>) {
         let doing = self.slots[usize::from(head)].doing;
         let status = match result {
             Ok(()) => Status::Ok,
             Err(Errno::ENOTSUP) if doing.optional => Status::Unsupp,
             Err(e) => {
+                let verdict = self.shared.on_error.verdict(&doing, e);
+                if verdict == Verdict::Stop && matches!(self.state, State::Running | State::Held) {
+                    return self.keep(head, slow, e);
+                }
                 self.shared.report(&doing, e);
-                Status::IoErr
+                if verdict == Verdict::Ignore { Status::Ok } else { Status::IoErr }
             }
         };
         self.finish(head, status);
+        self.let_go(head);
+    }
+
+    /// Keeps a request that failed.
+    fn keep(&mut self, head: u16, slow: Slow, e: Errno) {
+        let slot = &mut self.slots[usize::from(head)];
+        self.held += u32::from(!std::mem::replace(&mut slot.held, true));
+        if matches!(self.state, State::Running) {
+            self.state = State::Held;
+            self.shared.report_stop(self.index, &slot.doing, e);
+        }
+        self.retry |= e == Errno::ENOSPC;
+        self.kept.push((head, slow));
+    }
+
+    /// A request that may have been held has been answered.
+    fn let_go(&mut self, head: u16) {
+        if !std::mem::take(&mut self.slots[usize::from(head)].held) {
+            return;
+        }
+        self.held -= 1;
+        if self.held == 0 && matches!(self.state, State::Held) {
+            self.state = State::Running;
+            self.shared.report_resume(self.index);
+        }
+    }
+
+    /// Whether something is kept that is worth another try soon.
+    pub fn wants_retry(&self) -> bool {
+        self.retry
+    }
+
+    /// What is to be tried again now.
+    pub fn retry(&mut self) -> Vec<(u16, Slow)> {
+        self.retry = false;
+        std::mem::take(&mut self.kept)
+    }
+
+    /// Nobody waits for better days any more: what is kept has failed.
+    pub fn give_up(&mut self) {
+        for (head, _) in self.retry() {
+            let doing = self.slots[usize::from(head)].doing;
+            log::error!(
+                "export '{}': queue {}: {} of {} bytes at {}: given up",
+                self.shared.id,
+                self.index,
+                doing.what,
+                doing.len,
+                doing.offset
+            );
+            self.finish(head, Status::IoErr);
+            self.let_go(head);
+        }
     }
 
     #[inline]
@@ -369,6 +438,7 @@ impl Queue {
 
     /// Takes no more; once nothing is in flight, `answer` gets the ring's base.
     pub fn stop(&mut self, answer: SyncSender<u32>) {
+        self.give_up();
         self.state = State::Stopping(answer);
     }
 

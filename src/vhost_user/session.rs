@@ -332,8 +332,12 @@ impl Session<'_> {
     }
 
     /// GET_INFLIGHT_FD. It says nothing about the rings of now: SET_INFLIGHT_FD gives the memory back. Has no way to fail
-    /// but a region of no bytes.
+    /// but a region of no bytes: what packed rings get, whose requests are not tracked. QEMU then does without.
     fn get_inflight(&mut self, m: &Message) -> Answer {
+        if self.is_packed() {
+            self.warn("GET_INFLIGHT_FD: requests of packed rings are not tracked");
+            return Answer::Inflight(InflightDesc::default(), None);
+        }
         let (queues, size_max) = (queue(self.rings.len()), self.device.max_queue_size());
         match m.inflight().and_then(|asked| inflight::create(asked, queues, size_max)) {
             Ok((desc, fd)) => Answer::Inflight(desc, Some(fd)),

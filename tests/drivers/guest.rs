@@ -78,6 +78,7 @@ impl Guest {
             used: USER + USED,
             base: self.base.into(),
             inflight: None,
+            log: None,
             features: FEATURES,
             kick: owned(&self.kick),
             call: owned(&self.call),
