@@ -17,7 +17,7 @@ use crate::block::graph::RootUser;
 use crate::block::{Graph, Node, Op, Opener};
 use crate::err;
 use crate::error::{Errno, Result};
-use crate::mem::GuestMap;
+use crate::mem::{GuestMap, RingLog};
 use crate::rt::{self, Inbox, Mail};
 use crate::vhost_user::{Device, QueueSetup};
 use crate::virtio::blk::{CONFIG_LEN, CONFIG_WCE, Geometry, SECTOR};
@@ -361,7 +361,8 @@ impl Device for Export {
             return Err(Errno::EINVAL);
         }
         let addrs = RingAddrs { desc: setup.desc, avail: setup.avail, used: setup.used };
-        let ring = Ring::new(setup.map, addrs, setup.size, setup.base, setup.features)?;
+        let mut ring = Ring::new(setup.map, addrs, setup.size, setup.base, setup.features)?;
+        ring.set_log(setup.log);
         let write_through = setup.features & feature(VIRTIO_BLK_F_FLUSH) == 0;
         if write_through && index == 0 && !self.shared.geometry.read_only {
             log::info!(
@@ -398,6 +399,10 @@ impl Device for Export {
 
     fn set_err(&self, index: u16, err: Option<OwnedFd>) {
         self.command(index, |done| Command::SetErr(index, err, done));
+    }
+
+    fn set_log(&self, index: u16, log: Option<RingLog>) {
+        self.command(index, |done| Command::SetLog(index, log, done));
     }
 
     fn set_memory(&self, map: Arc<GuestMap>, drain: bool) {

@@ -11,7 +11,7 @@ use super::request::{Action, Disk, Slot, Slow, Transfer, bytes};
 use crate::block::io::aligned_for;
 use crate::block::{Dir, Map, Node};
 use crate::error::Errno;
-use crate::mem::{GuestMap, Sg};
+use crate::mem::{GuestMap, RingLog, Sg};
 use crate::rt::grace::Participant;
 use crate::rt::{IOV_MAX, Reactor, Rw};
 use crate::virtio::blk::Status;
@@ -98,6 +98,11 @@ impl Queue {
     /// Replaces the error descriptor.
     pub fn set_err(&mut self, err: Option<OwnedFd>) {
         self.err = err.map(notifier);
+    }
+
+    /// Logs writes to the guest's memory there from now on, and nowhere else.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        self.ring.set_log(log);
     }
 
     /// Whether nothing of the guest's memory is in use.
@@ -269,6 +274,8 @@ impl Queue {
     fn finish(&mut self, head: u16, status: Status) {
         let slot = &mut self.slots[usize::from(head)];
         slot.answer(status);
+        self.ring.log_written(slot.data(false));
+        self.ring.log_written(slot.status());
         slot.busy = false;
         self.in_flight -= 1;
         self.ring.push_used(head, slot.used_len);

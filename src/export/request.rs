@@ -259,6 +259,11 @@ impl Slot {
         }
     }
 
+    /// The status byte's place.
+    pub fn status(&self) -> &[IoVec] {
+        self.status.as_slice()
+    }
+
     /// Writes the status byte.
     pub fn answer(&self, status: Status) {
         if let Some(at) = self.status {

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use super::queue::{Queue, Started, from_payload, payload};
 use super::request::Slow;
 use crate::error::Errno;
-use crate::mem::GuestMap;
+use crate::mem::{GuestMap, RingLog};
 use crate::rt::grace::{Domain, Participant};
 use crate::rt::poll::Policy;
 use crate::rt::{Event, Inbox, Installed, Runtime, WaitKind, best_wait_kind};
@@ -45,6 +45,8 @@ pub enum Command {
     SetCall(u16, Option<OwnedFd>, SyncSender<()>),
     /// Replace a queue's error descriptor.
     SetErr(u16, Option<OwnedFd>, SyncSender<()>),
+    /// Log a queue's writes to the guest's memory there, and nowhere else any more.
+    SetLog(u16, Option<RingLog>, SyncSender<()>),
     /// Switch all queues to another memory map; with `true`, drain first.
     SetMemory(Arc<GuestMap>, bool, SyncSender<()>),
     /// End. All queues have been stopped.
@@ -243,6 +245,12 @@ impl Worker {
             Command::SetErr(i, fd, done) => {
                 if let Some(q) = queue(&mut self.queues, i) {
                     q.set_err(fd);
+                }
+                drop(done);
+            }
+            Command::SetLog(i, log, done) => {
+                if let Some(q) = queue(&mut self.queues, i) {
+                    q.set_log(log);
                 }
                 drop(done);
             }

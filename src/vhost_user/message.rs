@@ -21,6 +21,10 @@ pub const NEED_REPLY: u32 = 1 << 3;
 
 /// "Communication": the bit of the virtio features that says that protocol features can be negotiated.
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u64 = 1 << 30;
+/// "Migration": the bit of the virtio features that switches the dirty log on for the requests' memory.
+pub const VHOST_F_LOG_ALL: u64 = 1 << 26;
+/// "A vring address description": the flag that switches the dirty log on for the used ring.
+pub const VRING_F_LOG: u32 = 1 << 0;
 
 /// "VHOST_USER_SET_VRING_KICK" and its sisters: the queue's index in the payload.
 pub const VRING_INDEX_MASK: u64 = 0xff;
@@ -292,6 +296,12 @@ impl Message {
         }
     }
 
+    /// "Log description".
+    pub fn log_place(&self) -> Result<LogPlace> {
+        let mut f = Fields(&self.payload);
+        Ok(LogPlace { size: f.u64()?, mmap_offset: f.u64()? })
+    }
+
     /// "Virtio device config space": the fields, and what follows them.
     pub fn config(&self) -> Result<(ConfigRange, &[u8])> {
         let mut f = Fields(&self.payload);
@@ -377,6 +387,22 @@ pub struct MemRegion {
     pub user_addr: u64,
     /// Where it starts in its file.
     pub mmap_offset: u64,
+}
+
+/// "Log description".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogPlace {
+    /// Size in bytes.
+    pub size: u64,
+    /// Where it starts in its file.
+    pub mmap_offset: u64,
+}
+
+impl LogPlace {
+    /// Its bytes on the wire.
+    pub fn to_bytes(self) -> Vec<u8> {
+        [self.size, self.mmap_offset].map(u64::to_ne_bytes).concat()
+    }
 }
 
 /// "Virtio device config space", without the contents.

@@ -30,7 +30,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::error::Errno;
-use crate::mem::GuestMap;
+use crate::mem::{GuestMap, RingLog};
 
 /// Everything a ring needs to run.
 pub struct QueueSetup {
@@ -54,6 +54,8 @@ pub struct QueueSetup {
     pub call: Option<OwnedFd>,
     /// Where a broken ring is reported.
     pub err: Option<OwnedFd>,
+    /// Where writes to the guest's memory are logged; `None`: nowhere.
+    pub log: Option<RingLog>,
 }
 
 /// What a session drives. Called by one session at a time; calls that must wait for requests block.
@@ -85,6 +87,9 @@ pub trait Device: Send + Sync {
     fn set_call(&self, index: u16, call: Option<OwnedFd>);
     /// Replaces the error descriptor.
     fn set_err(&self, index: u16, err: Option<OwnedFd>);
+    /// Logs a running ring's writes to the guest's memory there, without a pause. When it returns, the log used before is not
+    /// written any more; requests in flight are logged in the new one.
+    fn set_log(&self, index: u16, log: Option<RingLog>);
     /// Replaces the memory map of all running rings. With `drain`, requests in flight are awaited first: afterwards the
     /// old map is not touched. Without (regions were only added), they go on. Returns when every ring has switched.
     fn set_memory(&self, map: Arc<GuestMap>, drain: bool);

@@ -13,7 +13,7 @@ use super::QueueSetup;
 use super::message::VringAddr;
 use crate::err;
 use crate::error::Result;
-use crate::mem::GuestMap;
+use crate::mem::{GuestMap, RingLog};
 
 /// How the driver notifies of new requests.
 pub(super) enum Kick {
@@ -59,7 +59,12 @@ impl Ring {
     ///
     /// # Errors
     /// If a part is missing, or there is no room for more descriptors.
-    pub(super) fn setup(&self, map: &Arc<GuestMap>, features: u64) -> Result<QueueSetup> {
+    pub(super) fn setup(
+        &self,
+        map: &Arc<GuestMap>,
+        features: u64,
+        log: Option<RingLog>,
+    ) -> Result<QueueSetup> {
         let (Some(addr), Some(kick)) = (self.addr, &self.kick) else {
             return Err(err!("addresses or kick are missing"));
         };
@@ -78,6 +83,7 @@ impl Ring {
             kick,
             call: self.call.as_ref().map(duplicate).transpose()?,
             err: self.err.as_ref().map(duplicate).transpose()?,
+            log,
         })
     }
 

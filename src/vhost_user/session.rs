@@ -4,8 +4,7 @@
 //! GET_VRING_BASE, SET_VRING_ENABLE 0, a reset or REM_MEM_REG promise about the guest's memory holds when the front
 //! end reads the answer. Sections named are those of the "Vhost-user Protocol" document.
 //!
-//! INFLIGHT_SHMFD, LOG_SHMFD and GET_VRING_BASE_INFLIGHT have their place in [`OFFERED`] and in
-//! [`Session::handle`]; SET_FEATURES says where LOG_ALL belongs.
+//! INFLIGHT_SHMFD and GET_VRING_BASE_INFLIGHT have their place in [`OFFERED`] and in [`Session::handle`].
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -20,12 +19,13 @@ use super::socket::{Channel, End};
 use super::{Device, memory};
 use crate::err;
 use crate::error::Result;
-use crate::mem::GuestMap;
 use crate::mem::map::MAX_REGIONS;
+use crate::mem::{DirtyLog, GuestMap, RingLog};
 
 /// The protocol features offered. QEMU acknowledges every one that it knows, without asking whether it can serve it:
-/// INBAND_NOTIFICATIONS must never stand here. To come: LOG_SHMFD, INFLIGHT_SHMFD, and bit 20.
+/// INBAND_NOTIFICATIONS must never stand here. To come: INFLIGHT_SHMFD, and bit 20.
 pub(super) const OFFERED: Protocol = Protocol::MQ
+    .union(Protocol::LOG_SHMFD)
     .union(Protocol::REPLY_ACK)
     .union(Protocol::BACKEND_REQ)
     .union(Protocol::CONFIG)
@@ -33,6 +33,9 @@ pub(super) const OFFERED: Protocol = Protocol::MQ
     .union(Protocol::CONFIGURE_MEM_SLOTS)
     .union(Protocol::STATUS)
     .union(Protocol::DEVICE_STATE);
+
+/// Feature bits that are not the device's.
+const OWN: u64 = VHOST_USER_F_PROTOCOL_FEATURES | VHOST_F_LOG_ALL;
 
 /// Warnings of one connection that are logged as such: a front end must not be able to fill a disk with our log.
 const MAX_WARNINGS: u32 = 64;
@@ -44,6 +47,7 @@ enum Answer {
     U64(u64),
     State(VringState),
     Config(Vec<u8>),
+    Log(LogPlace),
 }
 
 /// The state of one connection.
@@ -53,8 +57,10 @@ pub(super) struct Session<'a> {
     config_change: &'a ConfigChange,
     rings: Vec<Ring>,
     map: Arc<GuestMap>,
-    /// What the driver accepted, with PROTOCOL_FEATURES; `None` before it did.
+    /// What the driver accepted, with [`OWN`]; `None` before it did.
     features: Option<u64>,
+    /// The last SET_LOG_BASE.
+    log: Option<Result<Arc<DirtyLog>>>,
     protocol: Protocol,
     status: u8,
     /// A transfer of the device's state, from its beginning to its check.
@@ -77,6 +83,7 @@ impl<'a> Session<'a> {
             rings: (0..queues).map(|_| Ring::default()).collect(),
             map: Arc::default(),
             features: None,
+            log: None,
             protocol: Protocol::empty(),
             status: 0,
             state: None,
@@ -91,6 +98,7 @@ impl<'a> Session<'a> {
         self.config_change.detach();
         self.map = Arc::default();
         self.state = None;
+        self.log = None;
         self.device.disconnected();
         end
     }
@@ -133,8 +141,10 @@ impl<'a> Session<'a> {
             Ok(Answer::U64(v)) => v.to_ne_bytes().to_vec(),
             Ok(Answer::State(s)) => s.to_bytes(),
             Ok(Answer::Config(bytes)) => bytes,
+            Ok(Answer::Log(place)) => place.to_bytes(),
             // Requests that always have a reply have no way to fail but a reply without payload.
             Err(_) if matches!(header.request, GET_CONFIG | GET_VRING_BASE) => Vec::new(),
+            Err(_) if header.request == SET_LOG_BASE && self.log_is_answered() => Vec::new(),
             Ok(Answer::Done) if wants_ack => 0u64.to_ne_bytes().to_vec(),
             Err(_) if wants_ack => 1u64.to_ne_bytes().to_vec(),
             Ok(Answer::Done) | Err(_) => return None,
@@ -162,6 +172,7 @@ impl<'a> Session<'a> {
             GET_VRING_BASE => return self.get_base(m.vring_state()?),
             SET_DEVICE_STATE_FD => return Ok(self.set_state_fd(m)),
             CHECK_DEVICE_STATE => return Ok(self.check_state()),
+            SET_LOG_BASE => return self.set_log(m),
 
             // Every front end owns its connection; StratoVirt says so at each activation.
             SET_OWNER => {}
@@ -171,6 +182,8 @@ impl<'a> Session<'a> {
             SET_FEATURES => self.set_features(m.u64()?)?,
             SET_PROTOCOL_FEATURES => self.set_protocol_features(m.u64()?)?,
             SET_CONFIG => self.set_config(m)?,
+            // Nobody says what it is for: QEMU never sends it. Closed.
+            SET_LOG_FD => drop(m.take_fd()?),
             SET_BACKEND_REQ_FD => self.config_change.attach(UnixStream::from(m.take_fd()?)),
 
             SET_MEM_TABLE => {
@@ -195,7 +208,7 @@ impl<'a> Session<'a> {
             SET_VRING_CALL => self.set_call(m)?,
             SET_VRING_ERR => self.set_err(m)?,
 
-            // To come here: GET_INFLIGHT_FD, SET_INFLIGHT_FD, SET_LOG_BASE, SET_LOG_FD.
+            // To come here: GET_INFLIGHT_FD, SET_INFLIGHT_FD.
             _ => return Err(err!("not supported")),
         }
         Ok(Answer::Done)
@@ -216,17 +229,27 @@ impl<'a> Session<'a> {
 /// Features, status and configuration space.
 impl Session<'_> {
     fn offered_features(&self) -> u64 {
-        self.device.features() | VHOST_USER_F_PROTOCOL_FEATURES
+        self.device.features() | OWN
     }
 
-    /// SET_FEATURES. Repeated with the same bits, it does nothing. With others (LOG_ALL, when it is offered, will be
-    /// switched without this), running rings are drained and go on with the new ones.
+    /// SET_FEATURES. Repeated with the same bits, it does nothing; if only LOG_ALL is another, running rings go on and log,
+    /// or do not log any more. With others, running rings are drained and go on with the new ones.
     fn set_features(&mut self, acked: u64) -> Result<()> {
         let foreign = acked & !self.offered_features();
         if foreign != 0 {
             return Err(err!("features {foreign:#x} were not offered"));
         }
-        if self.features != Some(acked) {
+        // QEMU looks only at whether SET_LOG_BASE has a reply: it must not migrate without a log.
+        if let (Some(Err(e)), true) = (&self.log, acked & VHOST_F_LOG_ALL != 0) {
+            return Err(err!("there is no dirty log: {e}"));
+        }
+        let changed = self.features.map_or(u64::MAX, |f| f ^ acked);
+        if changed & !VHOST_F_LOG_ALL == 0 {
+            self.features = Some(acked);
+            if changed != 0 {
+                self.switch_log();
+            }
+        } else {
             log::info!(
                 "{}: features negotiated: {acked:#x}, protocol {:#x}",
                 self.name,
@@ -235,7 +258,7 @@ impl Session<'_> {
             let ran: Vec<usize> = self.all().filter(|i| self.rings[*i].running).collect();
             ran.iter().for_each(|i| self.halt(*i));
             self.features = Some(acked);
-            self.device.set_features(acked & !VHOST_USER_F_PROTOCOL_FEATURES);
+            self.device.set_features(acked & !OWN);
         }
         // "Ring states": a front end that does not negotiate them has no SET_VRING_ENABLE either.
         if acked & VHOST_USER_F_PROTOCOL_FEATURES == 0 {
@@ -370,14 +393,47 @@ impl Session<'_> {
     }
 }
 
+/// The dirty log ("Migration").
+impl Session<'_> {
+    /// SET_LOG_BASE, also while rings run. Its answer says that the log before is not written any more, and is the
+    /// description of the log: rust-vmm wants those 16 bytes, QEMU any reply. A log that cannot be had leaves none.
+    fn set_log(&mut self, m: &mut Message) -> Result<Answer> {
+        let place = m.log_place()?;
+        let log = m.take_fd().and_then(|fd| memory::log(place, fd));
+        let outcome = log.as_ref().map(|_| ()).map_err(|e| err!("{e}"));
+        self.log = Some(log);
+        self.switch_log();
+        outcome.map(|()| if self.log_is_answered() { Answer::Log(place) } else { Answer::Done })
+    }
+
+    /// "VHOST_USER_SET_LOG_BASE": whether it has a reply in any case.
+    fn log_is_answered(&self) -> bool {
+        self.protocol.contains(Protocol::LOG_SHMFD)
+    }
+
+    /// What ring `i` is to log now.
+    fn ring_log(&self, i: usize) -> Option<RingLog> {
+        let Some(Ok(log)) = &self.log else { return None };
+        let data = self.features.is_some_and(|f| f & VHOST_F_LOG_ALL != 0);
+        let used = self.rings[i].addr.filter(|a| a.flags & VRING_F_LOG != 0).map(|a| a.log);
+        (data || used.is_some()).then(|| RingLog { log: Arc::clone(log), data, used })
+    }
+
+    /// Running rings log as is wanted now. They do not stop for it.
+    fn switch_log(&self) {
+        for i in self.all().filter(|i| self.rings[*i].running) {
+            self.device.set_log(queue(i), self.ring_log(i));
+        }
+    }
+}
+
 /// Rings.
 impl Session<'_> {
     /// Starts ring `i` if it is wanted and does not run.
     fn start(&mut self, i: usize) -> Result<()> {
+        let log = self.ring_log(i);
         let ring = &mut self.rings[i];
-        let Some(features) = self.features.map(|f| f & !VHOST_USER_F_PROTOCOL_FEATURES) else {
-            return Ok(());
-        };
+        let Some(features) = self.features.map(|f| f & !OWN) else { return Ok(()) };
         if ring.running || !ring.is_wanted() || self.map.regions().is_empty() {
             return Ok(());
         }
@@ -385,7 +441,7 @@ impl Session<'_> {
             return Err(err!("queue {i}: its addresses are not in guest memory"));
         }
         let fail = |e: &dyn std::fmt::Display| err!("queue {i}: cannot start: {e}");
-        let setup = ring.setup(&self.map, features).map_err(|e| fail(&e))?;
+        let setup = ring.setup(&self.map, features, log).map_err(|e| fail(&e))?;
         log::debug!("{}: queue {i} starts at {} of {}", self.name, ring.base, ring.size);
         self.device.start_queue(queue(i), setup).map_err(|e| fail(&e))?;
         ring.running = true;
@@ -466,12 +522,15 @@ impl Session<'_> {
     fn set_addr(&mut self, index: u32, addr: VringAddr) -> Result<()> {
         let i = self.ring(index)?;
         let parts = |a: VringAddr| (a.desc, a.avail, a.used);
-        let moves = self.rings[i].addr.map(parts) != Some(parts(addr));
+        let before = self.rings[i].addr;
         let ran = self.rings[i].running;
-        if moves {
+        if before.map(parts) != Some(parts(addr)) {
             self.halt(i);
         }
         self.rings[i].addr = Some(addr);
+        if before != Some(addr) && self.rings[i].running {
+            self.device.set_log(queue(i), self.ring_log(i));
+        }
         // A ring that was kicked before may have lacked this alone. If its memory is still to come, that is no error.
         if ran || self.rings[i].is_mapped(&self.map) { self.start(i) } else { Ok(()) }
     }

@@ -19,7 +19,7 @@ use virtio_bindings::virtio_ring::{
 
 use super::feature;
 use crate::error::Errno;
-use crate::mem::{GuestMap, IoVec};
+use crate::mem::{GuestMap, IoVec, RingLog};
 
 /// The most descriptors in one chain, whatever the ring's size: an indirect table may be longer than the ring (Windows
 /// sends more than seg_max), and this is QEMU's VIRTQUEUE_MAX_SIZE.
@@ -100,6 +100,8 @@ pub struct Ring {
     /// The next used entry to write; what the guest sees is `published`.
     next_used: u16,
     published: u16,
+    /// Where our writes are logged, while the guest migrates.
+    log: Option<RingLog>,
 }
 
 // SAFETY: the pointers point into `map`, which moves along; a ring has one owner at a time.
@@ -131,6 +133,7 @@ impl Ring {
             next_avail: base,
             next_used: 0,
             published: 0,
+            log: None,
         };
         ring.remap(map)?;
         // SAFETY: `used` was just resolved; index 1 of it is used.idx, 2-aligned.
@@ -158,6 +161,30 @@ impl Ring {
         self.used = used.cast();
         self.map = map;
         Ok(())
+    }
+
+    /// Logs our writes there from now on.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        self.log = log;
+    }
+
+    /// The device has written `iov`, memory of a chain that is about to be given back.
+    ///
+    /// The kernel may have written parts of it long before. That is early enough: a front end that has taken their bits
+    /// away meanwhile (there were none) looks at the log a last time after GET_VRING_BASE, which waits for this.
+    #[inline]
+    pub fn log_written(&self, iov: &[IoVec]) {
+        if let Some(log) = &self.log {
+            log.mark_data(&self.map, iov);
+        }
+    }
+
+    /// `len` bytes at `offset` of the used ring have been written.
+    #[inline]
+    fn log_used(&self, offset: usize, len: u64) {
+        if let Some(log) = &self.log {
+            log.mark_used(offset as u64, len);
+        }
     }
 
     /// The guest's memory.
@@ -307,6 +334,7 @@ impl Ring {
             entry.write_volatile(u32::from(head).to_le());
             entry.add(1).write_volatile(len.to_le());
         }
+        self.log_used(4 + 8 * slot, 8);
         self.next_used = self.next_used.wrapping_add(1);
     }
 
@@ -319,6 +347,7 @@ impl Ring {
         }
         self.published = new;
         self.atomic(self.used, 1).store(new.to_le(), Ordering::Release);
+        self.log_used(2, 2);
         // The store of used.idx must be visible before the guest's wish is read (VIRTIO 1.3, 2.7.7.2).
         fence(Ordering::SeqCst);
         if self.notify_on_empty && nothing_in_flight && !self.has_avail() {
@@ -339,8 +368,10 @@ impl Ring {
             // avail_event lies behind the used ring's entries.
             let at = 2 + 4 * usize::from(self.size);
             self.atomic(self.used, at).store(self.next_avail.to_le(), Ordering::Relaxed);
+            self.log_used(2 * at, 2);
         } else {
             self.atomic(self.used, 0).store(0, Ordering::Relaxed);
+            self.log_used(0, 2);
         }
         // The wish must be visible before we look at avail.idx a last time.
         fence(Ordering::SeqCst);
@@ -351,6 +382,7 @@ impl Ring {
         if !self.event_idx {
             let flag = (VRING_USED_F_NO_NOTIFY as u16).to_le();
             self.atomic(self.used, 0).store(flag, Ordering::Relaxed);
+            self.log_used(0, 2);
         }
     }
 }
