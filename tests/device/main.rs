@@ -6,6 +6,7 @@
 mod common;
 
 mod cache;
+mod dirty_log;
 mod engines;
 mod hostile;
 mod hostile_requests;

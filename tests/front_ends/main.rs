@@ -12,6 +12,7 @@ mod device_state;
 mod firecracker;
 mod fixture;
 mod hostile;
+mod log;
 mod mock;
 mod qemu;
 mod script;

@@ -193,7 +193,8 @@ impl Device for Mock {
 
     fn set_log(&self, index: u16, log: Option<RingLog>) {
         self.check(self.state().running.contains_key(&index), "set_log on a stopped ring");
-        let describe = |l: RingLog| format!("data={} used={:#x?}", l.data, l.used);
+        let used = |l: &RingLog| l.used.map_or("none".into(), |at| format!("{at:#x}"));
+        let describe = |l: RingLog| format!("data={} used={}", l.data, used(&l));
         self.record(format!("log {index} {}", log.map_or("off".into(), describe)));
     }
 
