@@ -246,7 +246,7 @@ impl Session<'_> {
         let changed = self.features.map_or(u64::MAX, |f| f ^ acked);
         if changed & !VHOST_F_LOG_ALL == 0 {
             self.features = Some(acked);
-            if changed != 0 {
+            if changed != 0 && self.has_log() {
                 self.switch_log();
             }
         } else {
@@ -411,6 +411,10 @@ impl Session<'_> {
         self.protocol.contains(Protocol::LOG_SHMFD)
     }
 
+    fn has_log(&self) -> bool {
+        matches!(self.log, Some(Ok(_)))
+    }
+
     /// What ring `i` is to log now.
     fn ring_log(&self, i: usize) -> Option<RingLog> {
         let Some(Ok(log)) = &self.log else { return None };
@@ -528,7 +532,7 @@ impl Session<'_> {
             self.halt(i);
         }
         self.rings[i].addr = Some(addr);
-        if before != Some(addr) && self.rings[i].running {
+        if before != Some(addr) && self.rings[i].running && self.has_log() {
             self.device.set_log(queue(i), self.ring_log(i));
         }
         // A ring that was kicked before may have lacked this alone. If its memory is still to come, that is no error.

@@ -68,6 +68,9 @@ impl Log {
         let mut pages = BTreeSet::new();
         for at in 0..LOG_SIZE / 8 {
             let bits = get(self.bytes.u64_at(at * 8));
+            if bits == 0 {
+                continue;
+            }
             pages.extend((0..64).filter(|k| bits & 1 << k != 0).map(|k| at as u64 * 64 + k));
         }
         pages
@@ -136,17 +139,18 @@ fn exactly_the_pages_that_change_are_marked() {
     for engine in 0..ENGINES.len() {
         for event_idx in [true, false] {
             let file = disk(engine);
-            let mut client = file.disk.connect(Options { event_idx, ..options() });
+            // The used ring's index, the elements in use and avail_event are on three pages.
+            let shape = Options { queue_size: 1024, base: 600, mem_size: 4 << 20, ..options() };
+            let mut client = file.disk.connect(Options { event_idx, ..shape });
             let log = Log::new();
             log.give(&client);
             switch(&mut client, true);
             // Memory that came after the log.
             let plugged = client.plug_memory(1 << 20).unwrap();
             let mut random = Random(engine as u64);
-            for round in 0..40 {
+            for _ in 0..40 {
                 let index = usize::try_from(random.below(4)).unwrap();
                 a_round(&mut client, &log, index, plugged, &mut random);
-                assert!(log.take().is_empty(), "round {round}: pages marked late");
             }
             switch(&mut client, false);
             log.take();
@@ -186,10 +190,14 @@ fn a_round(client: &mut Client, log: &Log, index: usize, plugged: usize, random:
         expected.extend(pages(&status));
         bufs.push((head, data, status));
     }
+    // Workers that wake or go to sleep write into their used rings at any time.
+    let rings = client.queues_mut().iter_mut().flat_map(|q| pages(&q.ring().mem().used));
+    let rings: BTreeSet<u64> = rings.collect();
+    let early = log.take();
+    assert!(early.is_subset(&rings), "marked without a request: {early:?}");
     let before = snapshot(client);
     let q = client.queue(index);
-    let (from, at_first) = (q.ring().mem().used_idx(), log.take());
-    assert!(at_first.is_empty(), "{at_first:?}");
+    let from = q.ring().mem().used_idx();
     q.kick().unwrap();
     q.wait_used_idx(from, u16::try_from(count).unwrap()).unwrap();
     // Requests' own pages are marked before the guest can see them done.
@@ -197,9 +205,11 @@ fn a_round(client: &mut Client, log: &Log, index: usize, plugged: usize, random:
     assert!(marked.is_superset(&expected), "{expected:?} of {marked:?}");
     client.stop_queue(index).unwrap();
     let changed = changed(&before, &snapshot(client));
-    marked.extend(log.take());
-    assert!(marked.is_superset(&changed), "changed {changed:?}, marked {marked:?}");
-    expected.extend(pages(&client.queue(index).ring().mem().used));
+    eventually("every page that has changed is marked", || {
+        marked.extend(log.take());
+        marked.is_superset(&changed)
+    });
+    expected.extend(&rings);
     assert!(expected.is_superset(&marked), "written {expected:?}, marked {marked:?}");
     // A ring that starts while the log is on logs at once.
     let ring = client.queue(index).ring().mem();
@@ -280,7 +290,11 @@ fn logging_begins_without_a_drain() {
     });
     log.give(&client);
     switch(&mut client, true);
-    assert_eq!(client.queue(0).ring().mem().used_idx(), from, "the switch has waited for a request");
+    assert_eq!(
+        client.queue(0).ring().mem().used_idx(),
+        from,
+        "the switch has waited for a request"
+    );
     client.queue(0).wait_all().unwrap();
     assert!(log.has(page));
 }

@@ -11,6 +11,7 @@ mod engines;
 mod hostile;
 mod hostile_requests;
 mod lifecycle;
+mod memory;
 mod model;
 mod places;
 mod queues;
