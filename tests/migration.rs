@@ -90,11 +90,11 @@ impl Qmp {
         stream.set_read_timeout(Some(LIMIT)).unwrap();
         let mut qmp = Qmp(BufReader::new(stream));
         qmp.0.read_line(&mut String::new()).unwrap();
-        qmp.ask("qmp_capabilities", json!({}));
+        qmp.ask("qmp_capabilities", &json!({}));
         qmp
     }
 
-    fn ask(&mut self, command: &str, arguments: Value) -> Value {
+    fn ask(&mut self, command: &str, arguments: &Value) -> Value {
         let request = json!({"execute": command, "arguments": arguments});
         writeln!(self.0.get_mut(), "{request}").unwrap();
         loop {
@@ -113,16 +113,17 @@ impl Qmp {
 fn migrate(dir: &Path) -> Value {
     let mut from = Qmp::connect(&dir.join("from.qmp"));
     let parameters = json!({"max-bandwidth": 4u64 << 30, "downtime-limit": 300});
-    from.ask("migrate-set-parameters", parameters);
-    from.ask("migrate", json!({"uri": format!("unix:{}", dir.join("migration.sock").display())}));
+    from.ask("migrate-set-parameters", &parameters);
+    let uri = format!("unix:{}", dir.join("migration.sock").display());
+    from.ask("migrate", &json!({"uri": uri}));
     let mut info = Value::Null;
     wait_for("the migration", || {
-        info = from.ask("query-migrate", json!({}));
+        info = from.ask("query-migrate", &json!({}));
         let status = info["status"].as_str().unwrap();
         assert!(!["failed", "cancelled"].contains(&status), "{info}");
         status == "completed"
     });
-    from.ask("quit", json!({}));
+    from.ask("quit", &json!({}));
     info
 }
 
