@@ -293,6 +293,32 @@ mod tests {
     }
 
     #[test]
+    fn a_hold_waits_and_puts_off() {
+        let graph = Graph::new();
+        let (go, may_go) = channel::<()>();
+        let may_go = Mutex::new(may_go);
+        let (slow, heard_slow) = garden(move || {
+            may_go.lock().unwrap().recv_timeout(LIMIT).expect("told to go on");
+            Ok(())
+        });
+        let (later, heard_later) = garden(|| Ok(()));
+        graph.upkeep().at(Instant::now(), weak(&slow));
+        heard_slow.recv_timeout(LIMIT).unwrap();
+        let upkeep = Arc::clone(graph.upkeep());
+        let holding = thread::spawn(move || upkeep.hold());
+        while graph.upkeep().shared.lock().holds == 0 {
+            thread::yield_now();
+        }
+        assert!(!holding.is_finished(), "something is being tended to");
+        go.send(()).unwrap();
+        let hold = holding.join().unwrap();
+        graph.upkeep().at(Instant::now(), weak(&later));
+        assert!(heard_later.recv_timeout(3 * SOON).is_err(), "it has to wait");
+        drop(hold);
+        heard_later.recv_timeout(LIMIT).unwrap();
+    }
+
+    #[test]
     fn the_end_waits_for_what_is_under_way() {
         let graph = Graph::new();
         let (go, may_go) = channel::<()>();
