@@ -60,7 +60,7 @@ fn as_many_regions_as_there_may_be() {
     }
     client.plug_memory(8192).expect_err("one more than there may be");
     assert!(client.mem().remove_region(509).is_some());
-    let mut check = |client: &mut vub_client::Client| {
+    let check = |client: &mut vub_client::Client| {
         for region in 1..client.mem().regions().len() {
             let buf = client.mem().alloc_in(region, 8192, 4096).unwrap();
             let done = client.queue(0).run(Request::read(0, vec![buf])).unwrap();
