@@ -81,6 +81,7 @@ impl Guest {
             kick: owned(&self.kick),
             call: owned(&self.call),
             err: owned(&self.err),
+            log: None,
         }
     }
 
