@@ -83,6 +83,7 @@ impl Guest {
             kick: owned(&self.kick),
             call: owned(&self.call),
             err: owned(&self.err),
+            log: None,
         }
     }
 
