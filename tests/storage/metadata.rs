@@ -159,7 +159,6 @@ const SEEN: &[&str] = &[
     "flush_to_disk",
     "flush_to_os",
     "write_aio",
-    "cow_write",
     "read_aio",
     "pwritev",
     "pwritev_zero",
@@ -180,7 +179,7 @@ fn every_metadata_write_fails_and_recovers() {
 /// The places where a fault may cost nobody anything, or come too early to be anybody's.
 #[test]
 fn faults_that_nobody_need_see() {
-    for event in ["cluster_alloc", "cluster_free", "cow_read", "read_backing_aio"] {
+    for event in ["cluster_alloc", "cluster_free", "read_backing_aio"] {
         fails(event, libc::EIO, SMALL);
     }
 }
