@@ -83,7 +83,6 @@ impl Guest {
             kick: owned(&self.kick),
             call: owned(&self.call),
             err: owned(&self.err),
-            log: None,
         }
     }
 
