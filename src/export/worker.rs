@@ -17,7 +17,7 @@ use super::policy::RETRY;
 use super::queue::{Queue, Started, from_payload, payload};
 use super::request::Slow;
 use crate::error::Errno;
-use crate::mem::{GuestMap, RingLog};
+use crate::mem::{GuestMap, RingLog, sigbus};
 use crate::rt::grace::{Domain, Participant};
 use crate::rt::poll::Policy;
 use crate::rt::{Event, Inbox, Installed, Runtime, WaitKind, best_wait_kind};
@@ -73,6 +73,8 @@ struct Worker {
     new_memory: Option<(Arc<GuestMap>, SyncSender<()>)>,
     /// When requests that failed for want of space are tried again.
     retry_at: Option<Instant>,
+    /// [`sigbus::count`] when the queues' memory was last looked at; `None` after a command.
+    lost_seen: Option<u64>,
     quit: bool,
 }
 
@@ -106,6 +108,7 @@ pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<
         slow_bytes: 0,
         new_memory: None,
         retry_at: None,
+        lost_seen: None,
         quit: false,
     };
     AWAKE.fetch_add(1, Ordering::Relaxed);
@@ -120,6 +123,11 @@ pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<
 impl Worker {
     /// One turn of the loop. Whether anything happened.
     fn turn(&mut self) -> bool {
+        let lost = Some(sigbus::count());
+        if lost != self.lost_seen {
+            self.lost_seen = lost;
+            self.queues.iter_mut().for_each(Queue::check_memory);
+        }
         let mut progress = self.take();
         progress |= self.run_tasks();
         self.rt.reactor.borrow_mut().flush();
@@ -243,6 +251,9 @@ impl Worker {
     fn obey(&mut self) -> bool {
         let commands = self.rt.take_commands();
         let progress = !commands.is_empty();
+        if progress {
+            self.lost_seen = None;
+        }
         for command in commands {
             match command.downcast::<Command>() {
                 Ok(command) => self.command(*command),
