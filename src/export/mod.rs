@@ -418,8 +418,7 @@ impl Device for Export {
             return Err(Errno::EINVAL);
         }
         let addrs = RingAddrs { desc: setup.desc, avail: setup.avail, used: setup.used };
-        let mut ring =
-            Virtqueue::new(setup.map, addrs, setup.size, setup.base, setup.features)?;
+        let mut ring = Virtqueue::new(setup.map, addrs, setup.size, setup.base, setup.features)?;
         ring.set_log(setup.log);
         let tracker = match (&mut ring, setup.inflight) {
             (Virtqueue::Split(ring), Some(view)) => Some(self.track(index, view, ring)?),
