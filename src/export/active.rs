@@ -49,6 +49,9 @@ pub(super) fn attach(
     writable: bool,
     block: u32,
 ) -> Result<RootUser> {
+    if writable && node.read_only() {
+        return Err(err!("Cannot export read-only node as writable"));
+    }
     let mut used = Perm::CONSISTENT_READ;
     used.set(Perm::WRITE, writable);
     let user =
@@ -100,12 +103,8 @@ impl Export {
         let opener = &self.activation.opener;
         let root = opener.open()?;
         let geometry = &self.shared.geometry;
-        let user = if !geometry.read_only && root.read_only() {
-            Err(err!("Cannot export read-only node as writable"))
-        } else {
-            attach(opener.graph(), &root, !geometry.read_only, geometry.logical_block)
-        };
-        let user = match user {
+        let writable = !geometry.read_only;
+        let user = match attach(opener.graph(), &root, writable, geometry.logical_block) {
             Ok(user) => user,
             Err(e) => {
                 opener.give_up(root);

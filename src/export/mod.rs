@@ -15,7 +15,6 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 
 use crate::block::graph::RootUser;
 use crate::block::{Graph, Node, Op, Opener};
-use crate::err;
 use crate::error::{Errno, Result};
 use crate::mem::{GuestMap, RingLog};
 use crate::rt::{self, Inbox, Mail};
@@ -173,9 +172,6 @@ impl Export {
     /// # Errors
     /// In QEMU's words.
     pub fn new(graph: &Arc<Graph>, node: &Arc<Node>, config: ExportConfig) -> Result<Arc<Export>> {
-        if config.writable && node.read_only() {
-            return Err(err!("Cannot export read-only node as writable"));
-        }
         let user = active::attach(graph, node, config.writable, config.logical_block_size)?;
         let activation = Activation::new(Opener::of(graph, node), false);
         Ok(Export::make(node, config, activation, Some(user)))

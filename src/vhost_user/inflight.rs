@@ -2,10 +2,10 @@
 //! SET_INFLIGHT_FD. What is in it is `virtio::inflight`'s.
 #![forbid(unsafe_code)]
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use super::memory;
 use super::message::{InflightDesc, MAX_QUEUES};
 use crate::err;
 use crate::error::Result;
@@ -56,14 +56,9 @@ impl Area {
         if !mmap_offset.is_multiple_of(8) {
             return Err(err!("an offset of {mmap_offset:#x}, which is not aligned"));
         }
-        let file = File::from(fd);
-        let meta = file.metadata().map_err(|e| err!("its file: {e}"))?;
-        if !meta.is_file() || mmap_offset.checked_add(need).is_none_or(|end| end > meta.len()) {
-            return Err(err!("{need} bytes at {mmap_offset:#x}: its file has {}", meta.len()));
-        }
-        let region = Region::map(&file, 0, 0, need, mmap_offset)
+        let region = memory::shared(need, mmap_offset, fd)
             .map_err(|e| err!("{need} bytes at {mmap_offset:#x}: {e}"))?;
-        Ok(Area { region: Arc::new(region), queues: num_queues, queue_size })
+        Ok(Area { region, queues: num_queues, queue_size })
     }
 
     /// The part of queue `index`, for a ring of `size` entries; `None` if it has no place for that.

@@ -51,14 +51,22 @@ pub(super) fn without(old: &GuestMap, region: &MemRegion) -> Result<Arc<GuestMap
 pub(super) fn log(place: LogPlace, fd: OwnedFd) -> Result<Arc<DirtyLog>> {
     let LogPlace { size, mmap_offset } = place;
     let fail = |e: &dyn std::fmt::Display| err!("log of {size:#x} bytes at {mmap_offset:#x}: {e}");
+    let region = shared(size, mmap_offset, fd).map_err(|e| fail(&e))?;
+    Ok(Arc::new(DirtyLog::new(region)))
+}
+
+/// Memory that is not the guest's but shared with the front end: `size` bytes at `offset` of a file.
+///
+/// # Errors
+/// If it is no file, has no bytes, does not lie within its file or cannot be mapped.
+pub(super) fn shared(size: u64, offset: u64, fd: OwnedFd) -> Result<Arc<Region>> {
     let file = File::from(fd);
     // Access beyond the end of a file or device is a SIGBUS.
-    let meta = file.metadata().map_err(|e| fail(&e))?;
-    if !meta.is_file() || mmap_offset.checked_add(size).is_none_or(|end| end > meta.len()) {
-        return Err(fail(&"not within a file"));
+    let meta = file.metadata().map_err(|e| err!("{e}"))?;
+    if !meta.is_file() || offset.checked_add(size).is_none_or(|end| end > meta.len()) {
+        return Err(err!("not within a file"));
     }
-    let region = Region::map(&file, 0, 0, size, mmap_offset).map_err(|e| fail(&e))?;
-    Ok(Arc::new(DirtyLog::new(Arc::new(region))))
+    Region::map(&file, 0, 0, size, offset).map(Arc::new).map_err(|e| err!("{e}"))
 }
 
 fn map(region: &MemRegion, fd: OwnedFd) -> Result<Arc<Region>> {

@@ -10,9 +10,6 @@
 //! raised: what they stand for does not happen here, or not as a step of its own.
 #![forbid(unsafe_code)]
 
-use std::future::poll_fn;
-use std::task::Poll;
-
 use serde_json::Value;
 
 use crate::block::event::NAMES;
@@ -25,6 +22,7 @@ use crate::err;
 use crate::error::{Errno, Result};
 use crate::mem::Sg;
 use crate::qapi::{Kind, OptionSpec, Options};
+use crate::rt::sync::give_way;
 
 mod config;
 mod rules;
@@ -192,15 +190,9 @@ fn set_state(options: &Options) -> Result<Rule> {
 
 impl Fault {
     async fn strike(self) -> std::result::Result<(), Errno> {
-        let mut waited = self.immediately;
-        poll_fn(|cx| {
-            if std::mem::replace(&mut waited, true) {
-                return Poll::Ready(());
-            }
-            cx.waker().wake_by_ref();
-            Poll::Pending
-        })
-        .await;
+        if !self.immediately {
+            give_way().await;
+        }
         Err(self.errno)
     }
 }

@@ -5,7 +5,6 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::limbo::Freed;
-use super::zero::give_way;
 use super::{LONGER_FILE, ROOM_FOR_TABLES, Writing};
 use crate::block::Event;
 use crate::block::drivers::qcow2::Image;
@@ -16,6 +15,7 @@ use crate::block::drivers::qcow2::options::Overlap;
 use crate::block::drivers::qcow2::refcount::{Blocked, Damage};
 use crate::error::Errno;
 use crate::rt;
+use crate::rt::sync::give_way;
 
 /// By how much the file grows at a time: an eighth of its length between these, in bytes.
 const WINDOW_MIN: u64 = 1 << 20;
