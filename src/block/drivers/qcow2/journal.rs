@@ -4,25 +4,36 @@
 //! is acknowledged while it is in memory only. So every change of an entry is recorded in a mapped file before anybody can see
 //! it, and whoever opens the image next writes the recorded words ([`super::replay`]).
 //!
-//! Why not the tables themselves in shared memory: caches evict and reuse their slots, and each intermediate state would have
-//! to be valid. A record is a place and two words; records count from one store of `tail` on. A flush that has succeeded
-//! drops what was recorded when it took its copies.
+//! Invariants:
+//! * A word is recorded, under the `Meta` lock, before it is stored where readers see it; a request completes after that. Its
+//!   data went before: `write()` has returned, so it is in the page cache or on the medium, which a killed process leaves alone.
+//! * Records count from one store of `tail` on: all of a request's change of a slice, or nothing.
+//! * `head` moves only when a flush has succeeded, to where `tail` was when that flush took its copies: what was recorded
+//!   meanwhile stays. So the disk has, for each place, a word that some record left here knows.
+//! * Without room nothing changes: whoever wants to change an entry flushes first. If flushes fail, so do such writes.
+//! * The journal is of one state of one image: the image says so, by a number in autoclear feature bits that the format
+//!   reserves ([`Autoclear::JOURNAL`](super::header::Autoclear::JOURNAL)). Whoever writes to an image and does not know such a
+//!   bit clears it: QEMU does as soon as it opens the image for writing. Then the words here are of the past, and refused.
+//!   (Version 2 has no such bits: there the time of the last write must not be later than the last sign of life.)
+//! * It is replayed under the image's lock, which the kernel keeps until the last request of the killed process has ended; a
+//!   replay can be killed and repeated, and the records stay until all they say is on disk.
 //!
-//! Refcounts are not recorded: after a replay they are counted anew, by the repair that images with the dirty bit get anyway.
-//! The price is a look through all tables at the first start after a crash.
+//! Why not the tables themselves in shared memory: caches evict and reuse their slots, and each intermediate state would have
+//! to be valid. Why no refcounts: an entry with the COPIED flag says that its cluster's refcount is 1, and every reference that
+//! the refcounts on disk may lack is in an entry that is recorded here; what they count too much is a leak.
 //!
 //! This guards against the death of the process only: after a power loss (another boot id) the order of `write/flush.rs` counts.
-//! All writers hold the `Meta` lock.
 #![forbid(unsafe_code)]
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::arena::Arena;
+use super::write::mutation::{Mutation, broken};
 
 /// "VUBJRNL1".
 const MAGIC: u64 = 0x5655_424a_524e_4c31;
@@ -39,7 +50,12 @@ const APPLIED: usize = 7;
 const HEAD: usize = 8;
 const TAIL: usize = 9;
 const BORN: usize = 10;
+const STATE: usize = 11;
 const WORDS: usize = FIRST + RECORDS as usize * 3;
+/// The most entries that are changed at once: a change of so many fits as soon as there is nothing else.
+pub const AT_ONCE: u64 = RECORDS / 4;
+/// For how long somebody who is about to end may keep the file.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Set in the place of an L1 entry, with its index; else the place is a byte offset in the file.
 pub const IN_L1: u64 = 1 << 63;
 
@@ -65,6 +81,8 @@ pub struct Identity {
     pub cluster_bits: u32,
     /// This boot of the machine.
     pub boot: [u64; 2],
+    /// What the image's autoclear bits say of its journal; 0: nothing.
+    pub state: u64,
 }
 
 /// The journal of one open image.
@@ -91,7 +109,7 @@ impl Identity {
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn of(path: &Path, cluster_bits: u32) -> io::Result<Identity> {
+    pub fn of(path: &Path, cluster_bits: u32, state: u64) -> io::Result<Identity> {
         let meta = fs::metadata(path)?;
         let id = if meta.rdev() != 0 { (meta.rdev(), 0) } else { (meta.dev(), meta.ino()) };
         let born = meta.created().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
@@ -100,7 +118,7 @@ impl Identity {
         let hex: String = text.chars().filter(char::is_ascii_hexdigit).collect();
         let half = |range| hex.get(range).and_then(|part| u64::from_str_radix(part, 16).ok());
         match (half(0..16), half(16..32)) {
-            (Some(a), Some(b)) => Ok(Identity { id, born, cluster_bits, boot: [a, b] }),
+            (Some(a), Some(b)) => Ok(Identity { id, born, cluster_bits, boot: [a, b], state }),
             _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
         }
     }
@@ -114,12 +132,12 @@ impl Journal {
     /// Another process has it; it is not ours; no room; what the kernel says.
     #[allow(clippy::type_complexity, reason = "taken apart at once")]
     pub fn open(dir: &Path, of: &Identity) -> io::Result<(Journal, Result<Option<Left>, String>)> {
-        let path = dir.join(format!("vhost-user-blk-{:x}-{:x}.journal", of.id.0, of.id.1));
+        let path = path_in(dir, of);
         let flags = libc::O_NOFOLLOW | libc::O_CLOEXEC;
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options.custom_flags(flags).open(&path)?;
-        file.try_lock().map_err(io::Error::other)?;
+        lock(&file)?;
         let (meta, now) = (file.metadata()?, fs::symlink_metadata(&path)?);
         let ours = meta.is_file() && meta.uid() == crate::sys::effective_uid() && meta.nlink() == 1;
         if !ours || (meta.dev(), meta.ino()) != (now.dev(), now.ino()) {
@@ -154,6 +172,7 @@ impl Journal {
             0,
             0,
             of.born,
+            of.state,
         ];
         (BOOT..).zip(fields).for_each(|(at, value)| self.set(at, value));
         self.beat();
@@ -195,6 +214,9 @@ impl Journal {
     /// Without room for them.
     pub fn append(&self, records: impl Iterator<Item = Record>) {
         let (mut tail, end) = (self.word(TAIL), self.word(HEAD) + RECORDS);
+        if broken(Mutation::TailFirst) {
+            self.set(TAIL, tail + 1);
+        }
         for Record { place, old, new } in records {
             assert!(tail < end, "the caller has looked for room");
             let at = FIRST + (tail % RECORDS) as usize * 3;
@@ -203,6 +225,7 @@ impl Journal {
         }
         self.beat();
         self.set(TAIL, tail);
+        watch::changed(self.word(HEAD), tail);
     }
 
     /// The end of what is recorded now, for [`Journal::forget`].
@@ -214,16 +237,44 @@ impl Journal {
     pub fn forget(&self, mark: u64) {
         self.set(HEAD, mark);
         self.beat();
+        watch::changed(mark, self.word(TAIL));
     }
 
     /// The orderly end: nothing is left for a successor.
     pub fn remove(&self) {
         if self.is_empty()
             && let Err(e) = fs::remove_file(&self.path)
+            && e.kind() != io::ErrorKind::NotFound
         {
             log::warn!("qcow2: cannot remove {}: {e}", self.path.display());
         }
     }
+}
+
+/// The lock of a killed process goes with its last descriptor, a moment after the image's lock at worst.
+fn lock(file: &File) -> io::Result<()> {
+    let begun = Instant::now();
+    while let Err(e) = file.try_lock() {
+        let held = matches!(e, TryLockError::WouldBlock) && begun.elapsed() < PATIENCE;
+        if !held {
+            return Err(io::Error::other(e));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// Whether records are waiting in `dir` for somebody who opens this image for writing, and nobody has it open.
+pub fn is_waiting(dir: &Path, of: &Identity) -> bool {
+    let Ok(file) = File::open(path_in(dir, of)) else { return false };
+    let Ok(meta) = file.metadata() else { return false };
+    file.try_lock_shared().is_ok()
+        && meta.len() > 0
+        && matches!(read(&file, meta.len(), of), Ok(Some(_)))
+}
+
+fn path_in(dir: &Path, of: &Identity) -> PathBuf {
+    dir.join(format!("vhost-user-blk-{:x}-{:x}.journal", of.id.0, of.id.1))
 }
 
 fn now() -> u64 {
@@ -260,6 +311,9 @@ fn parse(words: &[u64], of: &Identity) -> Result<Option<Left>, String> {
     {
         return Err("it is another image's".to_owned());
     }
+    if words[STATE] != of.state {
+        return Err("another program has opened the image for writing since".to_owned());
+    }
     match tail.checked_sub(head) {
         Some(count) if count <= RECORDS => {}
         _ => return Err(format!("records {head} to {tail} cannot be")),
@@ -270,6 +324,55 @@ fn parse(words: &[u64], of: &Identity) -> Result<Option<Left>, String> {
     };
     let records = (head..tail).map(record).collect();
     Ok(Some(Left { records, beat: words[BEAT], applied: words[APPLIED] == 1 }))
+}
+
+/// For the simulation, whose disks have no inode and whose processes die at moments of the past.
+#[cfg(any(test, feature = "sim"))]
+pub mod watch {
+    use std::cell::RefCell;
+    use std::path::PathBuf;
+    use std::rc::Rc;
+
+    /// Told of each change of a journal, by its new head and tail.
+    pub type Watcher = Rc<dyn Fn(u64, u64)>;
+
+    thread_local! {
+        static WATCHER: RefCell<Option<(PathBuf, Watcher)>> = const { RefCell::new(None) };
+    }
+
+    /// On this thread: journals of images without a file name belong to the file `image`; `watcher` hears of their changes.
+    pub fn set(watched: Option<(PathBuf, Watcher)>) {
+        WATCHER.set(watched);
+    }
+
+    /// The file that stands for an image.
+    pub fn image() -> Option<PathBuf> {
+        WATCHER.with_borrow(|watched| watched.as_ref().map(|(image, _)| image.clone()))
+    }
+
+    pub(super) fn changed(head: u64, tail: u64) {
+        let watcher = WATCHER.with_borrow(|w| w.as_ref().map(|(_, watcher)| Rc::clone(watcher)));
+        if let Some(watcher) = watcher {
+            watcher(head, tail);
+        }
+    }
+
+    /// Makes the journal at `path` what it was when it had this head and this tail.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn rewind(path: &std::path::Path, head: u64, tail: u64) -> std::io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        let file = std::fs::OpenOptions::new().write(true).open(path)?;
+        file.write_all_at(&head.to_ne_bytes(), super::HEAD as u64 * 8)?;
+        file.write_all_at(&tail.to_ne_bytes(), super::TAIL as u64 * 8)
+    }
+}
+
+#[cfg(not(any(test, feature = "sim")))]
+mod watch {
+    #[inline]
+    pub(super) const fn changed(_head: u64, _tail: u64) {}
 }
 
 #[cfg(test)]

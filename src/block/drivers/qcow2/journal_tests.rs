@@ -1,6 +1,6 @@
 use super::*;
 
-const OF: Identity = Identity { id: (7, 9), born: 0, cluster_bits: 16, boot: [1, 2] };
+const OF: Identity = Identity { id: (7, 9), born: 0, cluster_bits: 16, boot: [1, 2], state: 5 };
 
 fn record(n: u64) -> Record {
     Record { place: n * 8, old: n, new: n + 1 }

@@ -31,17 +31,9 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
     let purpose = if args.in_force.read_only { Purpose::Read } else { Purpose::Write };
     let file = args.open_child("file", Role::File)?;
     args.enter_file(&file)?;
-    let mut cluster0 = read_header(&file.node)?;
+    let cluster0 = read_header(&file.node)?;
     let mut header = Header::parse(&cluster0)?;
     header.check_limits(purpose)?;
-    let mut left = replay::Opened { journal: None, recount: false };
-    if matches!(purpose, Purpose::Write) {
-        left = replay::open(&file.node, &header, args.graph.state_dir(), args.node_name)?;
-        if left.recount {
-            cluster0 = read_header(&file.node)?;
-            header = Header::parse(&cluster0)?;
-        }
-    }
     let l1 = read_l1(&file.node, &header)?;
     let choices = Choices::take(args, &header)?;
     let reftable = match purpose {
@@ -55,17 +47,21 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
     let data = edges.len() - 1;
     header.parse_backing_file(&cluster0)?;
     let snapshots = opened::judge(&edges[0].node, &header)?;
+    let (state_dir, mut journal) = (args.graph.state_dir(), None);
     let (header, l1, found) = match purpose {
         Purpose::Write => {
             let found = Found { header, l1, reftable, snapshots };
+            let nodes = (&*edges[0].node, &*edges[data].node);
+            let left = replay::open(nodes, &found, state_dir, args.node_name)?;
             let (header, l1, all) =
-                found.into_writable(&edges[0].node, choices.overlap_check, left.recount)?;
-            if let Some((journal, of)) = left.journal.as_ref().filter(|_| left.recount) {
-                journal.start(of);
-            }
+                found.into_writable(&edges[0].node, choices.overlap_check, &left)?;
+            journal = left.journal.map(|(journal, _)| journal);
             (header, l1, Some(all))
         }
-        Purpose::Read | Purpose::Check => (header, l1, None),
+        Purpose::Read | Purpose::Check => {
+            replay::expect_none(&edges[0].node, &header, state_dir)?;
+            (header, l1, None)
+        }
     };
     edges.extend(open_backing(args, &edges[0].node, &header)?);
     let backing = (edges.len() - 1 > data).then_some(data + 1);
@@ -75,7 +71,6 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
     let cluster = to_usize(geometry.cluster_size())?;
     let writing = match found {
         Some(found) => {
-            let journal = left.journal.map(|(journal, _)| journal);
             Some(Writing::new(&edges[0].node, &header, &choices, found, args.graph, journal)?)
         }
         None => None,

@@ -1,53 +1,117 @@
 //! Writes to an image what a killed predecessor's [journal](super::journal) says.
 //!
-//! Before anything is written, every word on disk must be what a record says was there, or has come there, and every place must
-//! be an entry of an active table. It can be repeated: the records stay until refcounts have been counted anew.
+//! Before anything is written, every word on disk must be what a record says was there, or has come there; every place must be
+//! an entry of an active table, and what it leads to no table. Then, in the order of `write/flush.rs`: refcounts of 1 for all
+//! clusters that entries with the COPIED flag lead to, data, entries. So it can be cut off anywhere, and repeated: the records
+//! stay until all of that is stable. The time it takes depends on the records, not on the image.
+//!
+//! Refcounts are counted anew, by the repair of images with the dirty bit, only where that bit is set (lazy refcounts), and
+//! where the refcount table has no entry left: its growth was not on disk yet.
 #![forbid(unsafe_code)]
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::check::disk::Disk;
-use super::header::{Header, Incompatible};
+use super::header::{Autoclear, Header, Incompatible};
 use super::header_io::HeaderIo;
-use super::journal::{IN_L1, Identity, Journal, Left};
-use super::layout::OFFSET_MASK;
+use super::journal::{IN_L1, Identity, Journal, Left, is_waiting};
+use super::layout::{
+    Geometry, OFFSET_MASK, REFTABLE_OFFSET_MASK, decode_reftable_entry, refcount_get, refcount_set,
+};
+use super::opened::Found;
 use crate::block::Node;
+use crate::block::walk::Crew;
+use crate::err;
 use crate::error::{Errno, Error, Result};
 use crate::rt;
 
-/// An image may have been written so long after the last sign of life, in seconds: a write in flight, a long flush.
+/// A version 2 image may have been written so long after the last sign of life, in seconds: a write in flight, a long flush.
 const GRACE: u64 = 10;
 /// An L2 entry of a compressed cluster.
 const COMPRESSED: u64 = 1 << 62;
+/// The refcount of what an entry leads to is 1.
+const COPIED: u64 = 1 << 63;
+/// What is read and written at a time, in bytes.
+const BLOCK: u64 = 4096;
 
 /// What opening an image with a journal came to.
+#[derive(Default)]
 pub struct Opened {
     /// The journal, if there can be one, and for which image.
     pub journal: Option<(Arc<Journal>, Identity)>,
-    /// Entries have been written: refcounts must be counted.
+    /// Entries have been written: what was read of the image before is of the past.
+    pub replayed: bool,
+    /// Refcounts must be counted.
     pub recount: bool,
 }
 
-/// Opens the journal of the image in `file` and replays what is there.
+impl Opened {
+    /// From here on the journal is for what this process does; answers what the image shall say of it.
+    pub fn begin(&self, header: &Header) -> Autoclear {
+        let Some((journal, of)) = &self.journal else { return Autoclear::empty() };
+        let random = RandomState::new().build_hasher().finish() | 1 << 32;
+        let state = match header.version {
+            2 => Autoclear::empty(),
+            _ => Autoclear::from_bits_retain(random) & Autoclear::JOURNAL,
+        };
+        journal.start(&Identity { state: state.bits(), ..*of });
+        state
+    }
+}
+
+/// Where the image in `file` is, to find its journal.
+fn path_of(file: &Node) -> Option<PathBuf> {
+    let options = file.driver().options_in_force();
+    let path = options.get("filename").and_then(|n| n.as_str().map(PathBuf::from));
+    #[cfg(any(test, feature = "sim"))]
+    let path = path.or_else(super::journal::watch::image);
+    path
+}
+
+fn identity(path: &Path, header: &Header) -> std::io::Result<Identity> {
+    let state = header.autoclear & Autoclear::JOURNAL;
+    Identity::of(path, header.cluster_bits, state.bits())
+}
+
+/// Fails if a journal waits for the image in `file`, which is opened for reading only: without the entries there, the guest, or
+/// whoever is above, would see old data that was overwritten, and not know.
+///
+/// # Errors
+/// As said.
+pub fn expect_none(file: &Node, header: &Header, dir: Option<&Path>) -> Result<()> {
+    let (Some(dir), Some(path)) = (dir, path_of(file)) else { return Ok(()) };
+    match identity(&path, header) {
+        Ok(of) if is_waiting(dir, &of) => Err(err!(
+            "entries that a killed process has not written are in {}: open the image for writing \
+             once",
+            dir.display()
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Opens the journal of the image in `file`, whose data is in `data`, and replays what is there.
 ///
 /// # Errors
 /// Entries could not be written: the next attempt may.
-pub fn open(file: &Node, header: &Header, dir: Option<&Path>, name: &str) -> Result<Opened> {
-    let none = Opened { journal: None, recount: false };
+pub fn open(
+    (file, data): (&Node, &Node),
+    found: &Found,
+    dir: Option<&Path>,
+    name: &str,
+) -> Result<Opened> {
+    let none = Opened::default();
     let Some(dir) = dir else { return Ok(none) };
-    let path = file
-        .driver()
-        .options_in_force()
-        .get("filename")
-        .and_then(|n| n.as_str().map(PathBuf::from));
-    let Some(path) = path else {
+    let header = &found.header;
+    let Some(path) = path_of(file) else {
         log::warn!("{}", weaker(name, "the image is not directly on a file or device"));
         return Ok(none);
     };
-    let opened = Identity::of(&path, header.cluster_bits)
+    let opened = identity(&path, header)
         .and_then(|of| Journal::open(dir, &of).map(|(journal, left)| (of, journal, left)));
     let (of, journal, left) = match opened {
         Ok(opened) => opened,
@@ -56,15 +120,33 @@ pub fn open(file: &Node, header: &Header, dir: Option<&Path>, name: &str) -> Res
             return Ok(none);
         }
     };
-    let mtime = std::fs::metadata(&path).map_or(i64::MAX, |m| m.mtime());
+    let mut opened = Opened::default();
     let result = match left {
-        Ok(None) => Ok(false),
-        Ok(Some(left)) if left.applied => Ok(true),
-        Ok(Some(left)) => replay(file, header, &journal, &left, mtime),
+        Ok(None) => Ok(()),
+        Ok(Some(left)) if left.applied => {
+            (opened.replayed, opened.recount) = (true, true);
+            Ok(())
+        }
+        Ok(Some(left)) if header.version == 2 && is_older(&left, &path) => {
+            Err(Refusal::Not("the image has been written since".to_owned()))
+        }
+        Ok(Some(left)) => {
+            let plan = Plan::new(file, found, &left);
+            plan.and_then(|mut plan| {
+                log::warn!(
+                    "qcow2: node '{name}': a process was killed with this image open: {} entries \
+                     are restored",
+                    plan.places
+                );
+                opened.replayed = true;
+                opened.recount = rt::block_on(plan.carry_out((file, data), found, &journal))?;
+                Ok(())
+            })
+        }
         Err(why) => Err(Refusal::Not(why)),
     };
-    let recount = match result {
-        Ok(recount) => recount,
+    match result {
+        Ok(()) => {}
         Err(Refusal::File(e)) => {
             return Err(Error::from_errno("Could not write the entries of a killed process", e));
         }
@@ -74,15 +156,10 @@ pub fn open(file: &Node, header: &Header, dir: Option<&Path>, name: &str) -> Res
                  writes that were acknowledged and not flushed may be lost"
             );
             journal.keep_rejected();
-            false
         }
-    };
-    if recount {
-        log::warn!("qcow2: node '{name}': entries of a killed process were restored");
-    } else {
-        journal.start(&of);
     }
-    Ok(Opened { journal: Some((Arc::new(journal), of)), recount })
+    opened.journal = Some((Arc::new(journal), of));
+    Ok(opened)
 }
 
 /// That writes may be lost.
@@ -90,6 +167,13 @@ pub fn weaker(name: &str, why: &str) -> String {
     format!("qcow2: node '{name}': unflushed writes do not survive a crash of this program: {why}")
 }
 
+fn is_older(left: &Left, path: &Path) -> bool {
+    let written =
+        std::fs::metadata(path).map_or(u64::MAX, |m| u64::try_from(m.mtime()).unwrap_or(0));
+    written > left.beat.saturating_add(GRACE)
+}
+
+#[derive(Debug)]
 enum Refusal {
     /// The journal cannot be true.
     Not(String),
@@ -102,72 +186,240 @@ impl From<Errno> for Refusal {
     }
 }
 
-fn replay(
-    file: &Node,
-    header: &Header,
-    journal: &Journal,
-    left: &Left,
-    mtime: i64,
-) -> std::result::Result<bool, Refusal> {
-    if u64::try_from(mtime).unwrap_or(0) > left.beat.saturating_add(GRACE) {
-        return Err(Refusal::Not("the image has been written since".to_owned()));
-    }
-    let disk = Disk::new(file);
-    let (l1_offset, l1_len) = (header.l1_table_offset.0, u64::from(header.l1_size));
-    if l1_offset.saturating_add(l1_len * 8) > file.len() {
-        return Err(Refusal::Not("there is no L1 table".to_owned()));
-    }
-    let l1 = rt::block_on(disk.read_words(l1_offset, l1_len as usize))?;
-    let mut tables: BTreeSet<u64> = l1.iter().map(|word| word & OFFSET_MASK).collect();
-    for record in left.records.iter().filter(|r| r.place & IN_L1 != 0) {
-        tables.extend([record.old & OFFSET_MASK, record.new & OFFSET_MASK]);
-    }
-    tables.remove(&0);
-    let cluster = header.geometry().cluster_size();
-    // The last word for each place, and all that may be there now.
-    let mut last: Vec<(u64, u64)> = Vec::new();
-    let mut seen: HashMap<u64, (usize, BTreeSet<u64>)> = HashMap::new();
-    for record in &left.records {
-        let at = match record.place & IN_L1 {
-            0 => record.place,
-            _ if record.place - IN_L1 < l1_len => l1_offset + (record.place - IN_L1) * 8,
-            _ => return Err(Refusal::Not(format!("L1 entry {}", record.place - IN_L1))),
+/// One word of a table.
+#[derive(Default)]
+struct Word {
+    /// All that may be there now.
+    may: Vec<u64>,
+    new: u64,
+}
+
+/// What is to be written.
+struct Plan {
+    places: usize,
+    /// By offset: blocks of tables, as they shall be.
+    blocks: Vec<(u64, Vec<u8>)>,
+    /// Clusters that must have the refcount 1.
+    single: BTreeSet<u64>,
+    /// All clusters that records speak of.
+    spoken_of: BTreeSet<u64>,
+}
+
+impl Plan {
+    /// Reads what the records are about, and compares.
+    fn new(file: &Node, found: &Found, left: &Left) -> std::result::Result<Plan, Refusal> {
+        let g = found.header.geometry();
+        let tables = Metadata::of(found, left);
+        let mut plan = Plan {
+            places: 0,
+            blocks: Vec::new(),
+            single: BTreeSet::new(),
+            spoken_of: BTreeSet::new(),
         };
-        let in_l1 = record.place & IN_L1 != 0;
-        let host = record.new & OFFSET_MASK;
-        let bitmap = !in_l1 && header.geometry().extended_l2 && (at / 8) % 2 == 1;
-        let outside = host >= file.len() || host % cluster != 0;
-        let is_host = !bitmap && (in_l1 || record.new & COMPRESSED == 0);
-        let elsewhere = is_host && outside && (in_l1 || !header.geometry().data_file);
-        let nowhere = !in_l1 && (at % 8 != 0 || !tables.contains(&(at - at % cluster)));
-        if elsewhere || nowhere || at.saturating_add(8) > file.len() {
-            return Err(Refusal::Not(format!("{record:x?}")));
+        let mut words: BTreeMap<u64, Word> = BTreeMap::new();
+        for record in &left.records {
+            let in_l1 = record.place & IN_L1 != 0;
+            let at = tables.place(record.place).filter(|at| at.saturating_add(8) <= file.len());
+            let Some(at) = at else { return Err(Refusal::Not(format!("{record:x?}"))) };
+            if let Some(host) = host_of(&g, at, in_l1, record.new) {
+                let cluster = host >> g.cluster_bits;
+                let bad = host >= file.len() || host % g.cluster_size() != 0;
+                if bad || !in_l1 && tables.clusters.contains(&cluster) {
+                    return Err(Refusal::Not(format!("{record:x?}")));
+                }
+                plan.spoken_of.insert(cluster);
+            }
+            let word = words.entry(at).or_insert_with(|| Word { may: vec![record.old], new: 0 });
+            word.may.push(record.new);
+            word.new = record.new;
         }
-        let (n, may) = seen.entry(at).or_insert_with(|| {
-            last.push((at, 0));
-            (last.len() - 1, BTreeSet::from([record.old]))
-        });
-        may.insert(record.new);
-        last[*n].1 = record.new;
-    }
-    rt::block_on(async {
-        for (at, (_, may)) in &seen {
-            let found = disk.read_words(*at, 1).await?[0];
-            if !may.contains(&found) {
-                let what = format!("{found:#x} at {at:#x} is none of {may:x?}");
-                return Err(Refusal::Not(what));
+        for (at, word) in &words {
+            let in_l1 = tables.l1.contains(at);
+            if word.new & COPIED != 0
+                && let Some(host) = host_of(&g, *at, in_l1, word.new)
+            {
+                plan.single.insert(host >> g.cluster_bits);
             }
         }
+        plan.places = words.len();
+        plan.blocks = rt::block_on(read_blocks(file, words.keys().map(|at| at - at % BLOCK)))?;
+        for (at, word) in &words {
+            let start = at - at % BLOCK;
+            let n = plan.blocks.binary_search_by_key(&start, |(offset, _)| *offset);
+            let (_, block) = &mut plan.blocks[n.expect("all of them were read")];
+            let bytes = &mut block[(at - start) as usize..][..8];
+            let now = u64::from_be_bytes(bytes.try_into().expect("8 bytes"));
+            if !word.may.contains(&now) {
+                let what = format!("{now:#x} at {at:#x} is none of {:x?}", word.may);
+                return Err(Refusal::Not(what));
+            }
+            bytes.copy_from_slice(&word.new.to_be_bytes());
+        }
+        Ok(plan)
+    }
+
+    /// Writes it all. Whether refcounts must be counted.
+    async fn carry_out(
+        &mut self,
+        (file, data): (&Node, &Node),
+        found: &Found,
+        journal: &Journal,
+    ) -> std::result::Result<bool, Errno> {
+        let (disk, header) = (Disk::new(file), &found.header);
         journal.beat();
-        // After a power loss from here on, refcounts are counted too. (Version 2 cannot say so.)
-        if !header.incompatible.contains(Incompatible::DIRTY) {
+        let mut recount = header.incompatible.contains(Incompatible::DIRTY);
+        if !recount {
+            recount = !self.count(&disk, found).await?;
+        }
+        if recount {
+            // After a power loss from here on, refcounts are counted too. (Version 2 cannot say so.)
             HeaderIo::new(header).mark_dirty(file).await?;
         }
-        for (at, word) in &last {
-            disk.write(*at, &word.to_be_bytes()).await?;
+        if header.geometry().data_file {
+            Disk::new(data).flush().await?;
         }
         disk.flush().await?;
-        journal.applied();
+        write_blocks(file, &self.blocks).await?;
+        disk.flush().await?;
+        if recount {
+            journal.applied();
+        }
+        Ok(recount)
+    }
+
+    /// Makes the refcounts right that entries rely on. `false`: the refcount table is too short.
+    async fn count(&self, disk: &Disk<'_>, found: &Found) -> std::result::Result<bool, Errno> {
+        let (g, order) = (found.header.geometry(), found.header.geometry().refcount_order);
+        let mut by_block: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
+        for cluster in &self.single {
+            by_block.entry(g.reftable_index(*cluster)).or_default().push(*cluster);
+        }
+        let mut new_blocks = Vec::new();
+        for (index, mut clusters) in by_block {
+            let entry = usize::try_from(index).ok().and_then(|i| found.reftable.get(i));
+            let Some(entry) = entry else { return Ok(false) };
+            let Ok(block) = decode_reftable_entry(*entry, &g) else { return Ok(false) };
+            let offset = match block {
+                Some(offset) => offset.0,
+                None => {
+                    // Nothing on disk refers to a cluster here.
+                    let first = index << g.refblock_bits();
+                    let all = first..first + g.refblock_entries();
+                    let free = all.into_iter().find(|c| !self.spoken_of.contains(c));
+                    let Some(free) = free else { return Ok(false) };
+                    clusters.push(free);
+                    new_blocks.push((index, free << g.cluster_bits));
+                    free << g.cluster_bits
+                }
+            };
+            let len = usize::try_from(g.cluster_size()).map_err(|_| Errno::EIO)?;
+            let mut bytes = match block {
+                Some(_) => disk.read(offset, len).await?,
+                None => vec![0; len],
+            };
+            let mut changed = false;
+            for cluster in clusters {
+                let at = g.refblock_index(cluster) as usize;
+                changed |= refcount_get(&bytes, order, at) != 1;
+                refcount_set(&mut bytes, order, at, 1);
+            }
+            if changed {
+                disk.write(offset, &bytes).await?;
+            }
+        }
+        if !new_blocks.is_empty() {
+            disk.flush().await?;
+        }
+        for (index, offset) in new_blocks {
+            let at = found.header.refcount_table_offset.0 + index * 8;
+            disk.write(at, &offset.to_be_bytes()).await?;
+        }
         Ok(true)
-    })
+    }
+}
+
+/// The host cluster in the image file that a word leads to.
+fn host_of(g: &Geometry, at: u64, in_l1: bool, word: u64) -> Option<u64> {
+    let bitmap = !in_l1 && g.extended_l2 && (at / 8) % 2 == 1;
+    let elsewhere = !in_l1 && (g.data_file || word & COMPRESSED != 0);
+    let host = word & OFFSET_MASK;
+    (!bitmap && !elsewhere && host != 0).then_some(host)
+}
+
+/// Where tables are.
+struct Metadata {
+    cluster_size: u64,
+    /// The active L1 table's bytes.
+    l1: std::ops::Range<u64>,
+    /// Active L2 tables, by offset, those of records among them.
+    l2: BTreeSet<u64>,
+    /// Clusters of all kinds of tables, and the header's.
+    clusters: BTreeSet<u64>,
+}
+
+impl Metadata {
+    fn of(found: &Found, left: &Left) -> Metadata {
+        let (header, g) = (&found.header, found.header.geometry());
+        let start = header.l1_table_offset.0;
+        let mut l2: BTreeSet<u64> =
+            (0..found.l1.len()).map(|i| found.l1.get(i) & OFFSET_MASK).collect();
+        for record in left.records.iter().filter(|r| r.place & IN_L1 != 0) {
+            l2.extend([record.old & OFFSET_MASK, record.new & OFFSET_MASK]);
+        }
+        l2.remove(&0);
+        let l1 = start..start + found.l1.len() * 8;
+        let cluster = |offset: u64| offset >> g.cluster_bits;
+        let mut clusters: BTreeSet<u64> = l2.iter().map(|offset| cluster(*offset)).collect();
+        clusters.insert(0);
+        clusters.extend(cluster(l1.start)..cluster(l1.end.saturating_add(g.cluster_size() - 1)));
+        let first = cluster(header.refcount_table_offset.0);
+        clusters.extend(first..first + u64::from(header.refcount_table_clusters));
+        let blocks = found.reftable.iter().map(|entry| entry & REFTABLE_OFFSET_MASK);
+        clusters.extend(blocks.filter(|offset| *offset != 0).map(cluster));
+        Metadata { cluster_size: g.cluster_size(), l1, l2, clusters }
+    }
+
+    /// The offset of an entry of an active table.
+    fn place(&self, place: u64) -> Option<u64> {
+        if place & IN_L1 != 0 {
+            let at = (place - IN_L1).checked_mul(8)?.checked_add(self.l1.start)?;
+            return self.l1.contains(&at).then_some(at);
+        }
+        let inside =
+            place.is_multiple_of(8) && self.l2.contains(&(place - place % self.cluster_size));
+        inside.then_some(place)
+    }
+}
+
+/// Reads blocks, side by side: there may be thousands, each in another place. In order.
+async fn read_blocks(
+    file: &Node,
+    at: impl Iterator<Item = u64>,
+) -> std::result::Result<Vec<(u64, Vec<u8>)>, Errno> {
+    let mut offsets: Vec<u64> = at.collect();
+    offsets.dedup();
+    let blocks: Vec<Mutex<Vec<u8>>> = offsets.iter().map(|_| Mutex::default()).collect();
+    let mut crew = Crew::default();
+    for (offset, block) in offsets.iter().zip(&blocks) {
+        crew.add(Box::pin(async move {
+            let bytes = Disk::new(file).read(*offset, BLOCK as usize).await?;
+            *block.lock().unwrap_or_else(PoisonError::into_inner) = bytes;
+            Ok(())
+        }))
+        .await;
+    }
+    crew.finish().await?;
+    let bytes = blocks.into_iter().map(|b| b.into_inner().unwrap_or_else(PoisonError::into_inner));
+    Ok(offsets.into_iter().zip(bytes).collect())
+}
+
+async fn write_blocks(file: &Node, blocks: &[(u64, Vec<u8>)]) -> std::result::Result<(), Errno> {
+    let mut crew = Crew::default();
+    for (offset, bytes) in blocks {
+        // The file may end inside of the last one.
+        let len = file.len().saturating_sub(*offset).min(bytes.len() as u64) as usize;
+        let bytes = &bytes[..len];
+        crew.add(Box::pin(async move { Disk::new(file).write(*offset, bytes).await })).await;
+    }
+    crew.finish().await
 }

@@ -109,7 +109,7 @@ impl Image {
         let mut meta = w.lock();
         Copies {
             generation: meta.limbo.begin_flush(),
-            mark: w.journal.as_ref().map_or(0, |log| log.journal.mark()),
+            mark: w.journal.as_ref().map_or(0, |log| log.mark()),
             refcounts: refcounts.then(|| meta.refcounts.snapshot()),
             slices: self.cache.snapshot(),
             l1: self.l1.snapshot(),
@@ -305,9 +305,6 @@ impl Image {
         if w.dirty_bit.swap(false, Ordering::Relaxed) {
             w.header.mark_clean(self.file()).await?;
         }
-        if let Some(log) = &w.journal {
-            log.journal.remove();
-        }
-        Ok(())
+        self.release_journal(w).await
     }
 }

@@ -1,11 +1,12 @@
 //! Changes of entries, recorded for whoever opens the image after this process was killed; see [`super::super::journal`].
 #![forbid(unsafe_code)]
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::Writing;
+use super::mutation::{Mutation, broken};
 use crate::block::IoFuture;
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::journal::{Journal, RECORDS, Record};
@@ -21,12 +22,23 @@ pub struct Log {
     me: Weak<Log>,
     pub journal: Arc<Journal>,
     upkeep: Arc<Upkeep>,
+    /// The orderly end has come.
+    over: AtomicBool,
 }
 
 impl Log {
     pub fn new(journal: Arc<Journal>, upkeep: &Arc<Upkeep>) -> Arc<Log> {
         let upkeep = Arc::clone(upkeep);
-        Arc::new_cyclic(|me| Log { me: me.clone(), journal, upkeep })
+        Arc::new_cyclic(|me| Log { me: me.clone(), journal, upkeep, over: false.into() })
+    }
+
+    /// The end of what is recorded now, which a flush that begins now writes.
+    pub fn mark(&self) -> u64 {
+        let mark = self.journal.mark();
+        if broken(Mutation::ForgetFirst) {
+            self.journal.forget(mark);
+        }
+        mark
     }
 
     pub fn beat_later(&self) {
@@ -37,7 +49,7 @@ impl Log {
 impl Tend for Log {
     fn tend(&self) -> IoFuture<'_> {
         self.journal.beat();
-        if !self.journal.is_empty() {
+        if !self.over.load(Ordering::Relaxed) && !self.journal.is_empty() {
             self.beat_later();
         }
         Box::pin(std::future::ready(Ok(())))
@@ -45,6 +57,17 @@ impl Tend for Log {
 }
 
 impl Image {
+    /// After the last flush: nothing is left for a successor, and the image says so.
+    pub async fn release_journal(&self, w: &Writing) -> Result<(), Errno> {
+        let Some(log) = &w.journal else { return Ok(()) };
+        if !log.journal.is_empty() || log.over.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
+        let done = w.header.set_autoclear(self.file(), self.header.autoclear).await;
+        log.journal.remove();
+        done
+    }
+
     /// Whether a change of so many entries can be recorded; only a flush makes room. With the `Meta` lock held.
     pub fn can_record(&self, w: &Writing, entries: usize) -> bool {
         let Some(log) = &w.journal else { return true };
