@@ -177,6 +177,7 @@ impl Journal {
         (BOOT..).zip(fields).for_each(|(at, value)| self.set(at, value));
         self.beat();
         self.set(0, MAGIC);
+        watch::changed(self, true);
     }
 
     fn set(&self, at: usize, value: u64) {
@@ -196,6 +197,7 @@ impl Journal {
     pub fn applied(&self) {
         self.set(APPLIED, 1);
         self.beat();
+        watch::changed(self, false);
     }
 
     /// How many records there is room for.
@@ -225,7 +227,7 @@ impl Journal {
         }
         self.beat();
         self.set(TAIL, tail);
-        watch::changed(self.word(HEAD), tail);
+        watch::changed(self, false);
     }
 
     /// The end of what is recorded now, for [`Journal::forget`].
@@ -237,7 +239,7 @@ impl Journal {
     pub fn forget(&self, mark: u64) {
         self.set(HEAD, mark);
         self.beat();
-        watch::changed(mark, self.word(TAIL));
+        watch::changed(self, false);
     }
 
     /// The orderly end: nothing is left for a successor.
@@ -333,8 +335,21 @@ pub mod watch {
     use std::path::PathBuf;
     use std::rc::Rc;
 
-    /// Told of each change of a journal, by its new head and tail.
-    pub type Watcher = Rc<dyn Fn(u64, u64)>;
+    /// What a journal is at a moment.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct State {
+        /// The first record that counts, and the end.
+        pub head: u64,
+        /// One past the last.
+        pub tail: u64,
+        /// Its records are on disk.
+        pub applied: bool,
+        /// It was started anew just now.
+        pub started: bool,
+    }
+
+    /// Told of each change of a journal.
+    pub type Watcher = Rc<dyn Fn(State)>;
 
     thread_local! {
         static WATCHER: RefCell<Option<(PathBuf, Watcher)>> = const { RefCell::new(None) };
@@ -350,29 +365,35 @@ pub mod watch {
         WATCHER.with_borrow(|watched| watched.as_ref().map(|(image, _)| image.clone()))
     }
 
-    pub(super) fn changed(head: u64, tail: u64) {
+    pub(super) fn changed(journal: &super::Journal, started: bool) {
         let watcher = WATCHER.with_borrow(|w| w.as_ref().map(|(_, watcher)| Rc::clone(watcher)));
+        let [head, tail] = [super::HEAD, super::TAIL].map(|at| journal.word(at));
+        let applied = journal.word(super::APPLIED) == 1;
         if let Some(watcher) = watcher {
-            watcher(head, tail);
+            watcher(State { head, tail, applied, started });
         }
     }
 
-    /// Makes the journal at `path` what it was when it had this head and this tail.
+    /// Makes the journal at `path` what it was in this state.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn rewind(path: &std::path::Path, head: u64, tail: u64) -> std::io::Result<()> {
+    pub fn rewind(path: &std::path::Path, state: State) -> std::io::Result<()> {
         use std::os::unix::fs::FileExt;
         let file = std::fs::OpenOptions::new().write(true).open(path)?;
-        file.write_all_at(&head.to_ne_bytes(), super::HEAD as u64 * 8)?;
-        file.write_all_at(&tail.to_ne_bytes(), super::TAIL as u64 * 8)
+        let fields = [
+            (super::HEAD, state.head),
+            (super::TAIL, state.tail),
+            (super::APPLIED, u64::from(state.applied)),
+        ];
+        fields.iter().try_for_each(|(at, v)| file.write_all_at(&v.to_ne_bytes(), *at as u64 * 8))
     }
 }
 
 #[cfg(not(any(test, feature = "sim")))]
 mod watch {
     #[inline]
-    pub(super) const fn changed(_head: u64, _tail: u64) {}
+    pub(super) const fn changed(_: &super::Journal, _: bool) {}
 }
 
 #[cfg(test)]

@@ -37,6 +37,10 @@ fn what_was_not_forgotten_is_left() {
     assert_eq!(left(dir.path(), &Identity { boot: [1, 3], ..OF }), Ok(None), "another boot");
     assert_eq!(left(dir.path(), &Identity { born: 3, ..OF }), Ok(None), "another file");
     assert!(left(dir.path(), &Identity { cluster_bits: 12, ..OF }).is_err());
+    assert!(left(dir.path(), &Identity { state: 0, ..OF }).is_err(), "somebody else wrote");
+    assert!(is_waiting(dir.path(), &OF) && !is_waiting(dir.path(), &Identity { id: (1, 1), ..OF }));
+    let _held = opened(dir.path(), &OF);
+    assert!(!is_waiting(dir.path(), &OF), "somebody has it");
 }
 
 #[test]
@@ -53,16 +57,32 @@ fn records_count_from_the_store_of_the_tail_on() {
     assert_eq!(left(dir.path(), &OF), Ok(None));
 }
 
+/// With the mistake of [`Mutation::TailFirst`] the one before fails.
+#[test]
+fn a_tail_before_its_record_is_noticed() {
+    crate::block::drivers::qcow2::write::mutation::set(Some(Mutation::TailFirst));
+    let found = std::panic::catch_unwind(records_count_from_the_store_of_the_tail_on);
+    crate::block::drivers::qcow2::write::mutation::set(None);
+    assert!(found.is_err());
+}
+
 #[test]
 fn a_journal_that_lies_is_refused() {
     let mut words = vec![0; WORDS];
-    let good = [MAGIC, 1, 2, 7, 9, 16, 0, 0, 4, 6];
-    words[..10].copy_from_slice(&good);
+    let good = [MAGIC, 1, 2, 7, 9, 16, 0, 0, 4, 6, 0, 5];
+    words[..12].copy_from_slice(&good);
     assert_eq!(parse(&words, &OF).unwrap().unwrap().records.len(), 2);
-    for (at, value) in
-        [(0, 5), (DEV, 1), (INO, 1), (HEAD, 7), (TAIL, 5 + RECORDS), (TAIL, u64::MAX)]
-    {
-        words[..10].copy_from_slice(&good);
+    for (at, value) in [
+        (0, 5),
+        (DEV, 1),
+        (INO, 1),
+        (HEAD, 7),
+        (STATE, 0),
+        (STATE, 6),
+        (TAIL, 5 + RECORDS),
+        (TAIL, u64::MAX),
+    ] {
+        words[..12].copy_from_slice(&good);
         words[at] = value;
         assert!(parse(&words, &OF).is_err(), "{at}: {value}");
     }

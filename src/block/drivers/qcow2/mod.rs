@@ -50,6 +50,9 @@ mod flight;
 pub mod header;
 mod header_io;
 mod header_write;
+#[cfg(any(test, feature = "sim"))]
+pub mod journal;
+#[cfg(not(any(test, feature = "sim")))]
 mod journal;
 mod l1;
 pub mod layout;

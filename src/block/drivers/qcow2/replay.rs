@@ -35,7 +35,7 @@ const GRACE: u64 = 10;
 const COMPRESSED: u64 = 1 << 62;
 /// The refcount of what an entry leads to is 1.
 const COPIED: u64 = 1 << 63;
-/// What is read and written at a time, in bytes.
+/// What is read and written at a time, in bytes; less if clusters are smaller: there is nothing else in it.
 const BLOCK: u64 = 4096;
 
 /// What opening an image with a journal came to.
@@ -242,12 +242,14 @@ impl Plan {
             }
         }
         plan.places = words.len();
-        plan.blocks = rt::block_on(read_blocks(file, words.keys().map(|at| at - at % BLOCK)))?;
+        let block = g.cluster_size().min(BLOCK);
+        let starts = words.keys().map(|at| at - at % block);
+        plan.blocks = rt::block_on(read_blocks(file, starts, block as usize))?;
         for (at, word) in &words {
-            let start = at - at % BLOCK;
+            let start = at - at % block;
             let n = plan.blocks.binary_search_by_key(&start, |(offset, _)| *offset);
-            let (_, block) = &mut plan.blocks[n.expect("all of them were read")];
-            let bytes = &mut block[(at - start) as usize..][..8];
+            let (_, bytes) = &mut plan.blocks[n.expect("all of them were read")];
+            let bytes = &mut bytes[(at - start) as usize..][..8];
             let now = u64::from_be_bytes(bytes.try_into().expect("8 bytes"));
             if !word.may.contains(&now) {
                 let what = format!("{now:#x} at {at:#x} is none of {:x?}", word.may);
@@ -267,6 +269,10 @@ impl Plan {
     ) -> std::result::Result<bool, Errno> {
         let (disk, header) = (Disk::new(file), &found.header);
         journal.beat();
+        // Blocks of the medium may be larger than ours.
+        file.expect_ragged_writes(
+            u32::try_from(header.geometry().cluster_size()).unwrap_or(u32::MAX),
+        );
         let mut recount = header.incompatible.contains(Incompatible::DIRTY);
         if !recount {
             recount = !self.count(&disk, found).await?;
@@ -395,6 +401,7 @@ impl Metadata {
 async fn read_blocks(
     file: &Node,
     at: impl Iterator<Item = u64>,
+    len: usize,
 ) -> std::result::Result<Vec<(u64, Vec<u8>)>, Errno> {
     let mut offsets: Vec<u64> = at.collect();
     offsets.dedup();
@@ -402,7 +409,7 @@ async fn read_blocks(
     let mut crew = Crew::default();
     for (offset, block) in offsets.iter().zip(&blocks) {
         crew.add(Box::pin(async move {
-            let bytes = Disk::new(file).read(*offset, BLOCK as usize).await?;
+            let bytes = Disk::new(file).read(*offset, len).await?;
             *block.lock().unwrap_or_else(PoisonError::into_inner) = bytes;
             Ok(())
         }))
