@@ -1,20 +1,21 @@
 //! A guest that never stops while program after program is killed under it: writes, reads, flushes, discards against
 //! a model. Every acknowledged byte is there, flushed or not: the guest has not crashed.
 
-use std::os::unix::fs::MetadataExt;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use vub_client::{Base, Client};
 
-use crate::common::{Engine, Image, LIMIT, Random};
-use crate::model::{Load, Model, Stop};
+use crate::common::{Engine, LIMIT, Random};
+use crate::format::Format;
+use crate::model::{Load, Stop};
 use crate::options;
 use crate::place::{Place, in_flight};
 
 /// Kills between two looks at the whole disk.
 const ROUND: u64 = 5;
-const SIZE: u64 = 4 << 20;
+/// Of the disk, in bytes.
+pub const SIZE: u64 = 4 << 20;
 
 #[derive(Debug, Default)]
 struct Sum {
@@ -33,15 +34,18 @@ fn number(variable: &str, otherwise: u64) -> u64 {
 }
 
 fn soak(engine: Engine, queues: u16) {
-    let image = Image::new(SIZE);
-    let mut place = Place::new(image.options(engine, "unmap").to_string());
+    soak_on(&Format::Raw, engine, queues);
+}
+
+fn soak_on(format: &Format, engine: Engine, queues: u16) {
+    let (image, model) = format.make();
+    let mut place = Place::new(format.options(&image, engine).to_string());
     let mut client = Client::connect(place.socket(), options(queues)).unwrap();
-    let model = Model::new(SIZE / 512, 0);
     let mut random = Random(number("VUB_SEED", 1));
     let mut sum = Sum::default();
     while sum.kills < number("VUB_KILLS", 20) {
-        let load =
-            Load { seed: random.next(), depth: 64, cluster: 128, flush_one_in: 20, gentle: false };
+        let (seed, cluster) = (random.next(), format.cluster() / 512);
+        let load = Load { seed, depth: 64, cluster, flush_one_in: 20, gentle: false };
         let (stop, (sender, ended)) = (Stop::new(false), channel());
         let mut taken = client.take_queues();
         std::thread::scope(|scope| {
@@ -52,7 +56,9 @@ fn soak(engine: Engine, queues: u16) {
             }
             drop(sender);
             for _ in 0..ROUND {
-                kill_once(&mut place, &mut client, &mut random, &ended, &mut sum);
+                kill_once(&mut place, &mut client, &mut random, &ended, &mut sum, || {
+                    format.check(&image, &[0, 3]);
+                });
             }
             stop.now();
         });
@@ -64,10 +70,13 @@ fn soak(engine: Engine, queues: u16) {
         }
         model.settle(&disk);
         client.queue(0).flush().unwrap();
-        assert!(std::fs::read(image.path()).unwrap() == disk, "the file is what the guest sees");
-        assert_eq!(std::fs::metadata(image.path()).unwrap().size(), SIZE);
+        assert!(format.content(&image) == disk, "the image is what the guest sees");
     }
-    println!("{engine:?} {queues} queues: {sum:?}");
+    drop(client);
+    place.terminate();
+    assert_eq!(place.state_files(), [] as [String; 0], "nothing is left of an orderly end");
+    format.check(&image, &[0, 3]);
+    println!("{format:?} {engine:?} {queues} queues: {sum:?}");
     assert!(sum.amid > 0 && sum.resubmitted > 0, "{sum:?}");
 }
 
@@ -78,6 +87,7 @@ fn kill_once(
     random: &mut Random,
     ended: &Receiver<usize>,
     sum: &mut Sum,
+    examine: impl Fn(),
 ) {
     let most = [8, 300][usize::from(random.below(3) > 0)];
     let wanted = usize::try_from(random.below(most)).unwrap();
@@ -97,6 +107,9 @@ fn kill_once(
         std::hint::spin_loop();
     }
     place.kill();
+    if random.below(4) == 0 {
+        examine();
+    }
     let killed = Instant::now();
     let left: usize = (0..4.min(queues(client))).map(|q| in_flight(client, q)).sum();
     ended.try_iter().for_each(drop);
@@ -136,4 +149,41 @@ fn four_queues_through_the_page_cache() {
 #[test]
 fn one_queue_with_native_aio() {
     soak(NATIVE, 1);
+}
+
+const QCOW2: Format = Format::Qcow2 { options: "cluster_size=64k", cluster: 65536, overlay: false };
+const SMALL: Format = Format::Qcow2 { options: "cluster_size=4k", cluster: 4096, overlay: true };
+const SUBCLUSTERS: Format =
+    Format::Qcow2 { options: "extended_l2=on,refcount_bits=64", cluster: 65536, overlay: true };
+const OLD: Format =
+    Format::Qcow2 { options: "compat=0.10,cluster_size=4k", cluster: 4096, overlay: false };
+
+#[test]
+fn qcow2_with_one_queue() {
+    soak_on(&QCOW2, URING, 1);
+}
+
+#[test]
+fn qcow2_with_four_queues() {
+    soak_on(&QCOW2, THREADS, 4);
+}
+
+#[test]
+fn an_overlay_with_one_queue() {
+    soak_on(&SMALL, THREADS, 1);
+}
+
+#[test]
+fn an_overlay_with_four_queues() {
+    soak_on(&SMALL, URING, 4);
+}
+
+#[test]
+fn subclusters_with_four_queues() {
+    soak_on(&SUBCLUSTERS, URING, 4);
+}
+
+#[test]
+fn version_2_with_four_queues() {
+    soak_on(&OLD, NATIVE, 4);
 }

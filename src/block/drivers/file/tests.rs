@@ -2,11 +2,12 @@
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use serde_json::{Value, json};
 
 use super::*;
-use crate::block::perm::Perms;
+use crate::block::perm::{Perm, Perms};
 use crate::block::{Dir, Graph, Map, Node, Op, WriteFlags, ZeroFlags};
 use crate::mem::Sg;
 use crate::rt::Buffer;
@@ -242,7 +243,7 @@ fn a_failed_sync_is_never_forgotten() {
         let (pipe, _) = std::io::pipe().unwrap();
         let fd = std::os::fd::OwnedFd::from(pipe);
         let how = How { filename: "x".into(), read_only: true, auto_read_only: false, direct };
-        let access = Access::new(how, fd.as_raw_fd(), false);
+        let access = Access::new(how, fd.as_raw_fd(), false, Duration::ZERO);
         let file = Arc::new(rt::File::new(fd, Engine::Threads, 1, 1));
         let medium = Medium::new(file.clone(), Kind::Regular, access, Limits::default(), 0);
         let flush = || rt::block_on(medium.submit(Op::Flush));
@@ -332,4 +333,40 @@ fn engines_fall_back() {
     assert_eq!(engine(Some(Engine::IoUring), no), Engine::Threads);
     assert_eq!(engine(Some(Engine::Native), no), Engine::Native);
     assert_eq!(engine(Some(Engine::Threads), || Ok(())), Engine::Threads);
+}
+
+/// A killed process keeps its locks until its last request has ended.
+#[test]
+fn locks_are_waited_for_but_not_for_ever() {
+    let temp = tempfile::NamedTempFile::new().unwrap();
+    temp.as_file().set_len(4096).unwrap();
+    let open = |patience| {
+        let graph = Graph::new();
+        graph.set_lock_patience(patience);
+        let options = json!({"driver": "file", "node-name": "n", "filename": temp.path()});
+        let Value::Object(options) = options else { unreachable!() };
+        let node = graph.add(options).unwrap();
+        let alone = Perms { shared: Perm::CONSISTENT_READ, ..Perms::device(true) };
+        let user = graph.attach_root(&node, "a guest", alone);
+        user.map(|user| (graph, user))
+    };
+    let (graph, user) = open(Duration::ZERO).unwrap();
+    let patience = Duration::from_millis(80);
+    let begun = Instant::now();
+    let error = open(patience).map(drop).unwrap_err().to_string();
+    assert!(error.contains("Failed to get"), "{error}");
+    assert!(begun.elapsed() >= patience);
+    let (waiting, waits) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let successor = scope.spawn(|| {
+            waiting.send(()).unwrap();
+            open(Duration::from_secs(60)).map(drop)
+        });
+        waits.recv().unwrap();
+        // Whether it looks before or after this: it gets them.
+        graph.detach(user);
+        graph.close();
+        drop(graph);
+        successor.join().unwrap().unwrap();
+    });
 }
