@@ -359,15 +359,23 @@ impl Client {
     /// Any of this crate's.
     pub fn plug_memory(&mut self, len: usize) -> Result<usize> {
         let index = self.mem.add_region(len)?;
+        self.plug_region(index)?;
+        Ok(index)
+    }
+
+    /// Tells of a region that was added to [`Client::mem`] at the end.
+    ///
+    /// # Errors
+    /// Any of this crate's.
+    pub fn plug_region(&mut self, index: usize) -> Result<()> {
         let table =
             self.opts.mem_style == MemStyle::Table || !self.has_protocol(pf::CONFIGURE_MEM_SLOTS);
         if table {
-            self.share_memory()?;
+            self.share_memory()
         } else {
             let (info, fd) = self.mem.regions().swap_remove(index);
-            self.add_region(&info, fd)?;
+            self.add_region(&info, fd)
         }
-        Ok(index)
     }
 
     /// Unplugs a region again, by REM_MEM_REG or a whole new table.
