@@ -212,6 +212,9 @@ impl Client {
             opts,
         };
         client.handshake()?;
+        if client.has_protocol(pf::CONFIG) {
+            client.read_config()?;
+        }
         client.make_queues()?;
         if client.opts.start {
             client.start()?;
@@ -219,7 +222,7 @@ impl Client {
         Ok(client)
     }
 
-    /// Features, protocol features, owner, back channel, configuration.
+    /// Features, protocol features, owner, back channel.
     ///
     /// # Errors
     /// Any of this crate's.
@@ -247,9 +250,6 @@ impl Client {
             let (ours, theirs) = UnixStream::pair().map_err(io_err("socketpair"))?;
             self.conn.set(req::SET_BACKEND_REQ_FD, &[], &[theirs.as_raw_fd()])?;
             self.backend = Some(Conn::from_stream(ours)?);
-        }
-        if self.has_protocol(pf::CONFIG) {
-            self.read_config()?;
         }
         Ok(())
     }
@@ -475,7 +475,8 @@ impl Client {
         Ok(())
     }
 
-    /// Connects anew with the same memory, rings and in-flight area; what was in flight stays so.
+    /// Connects anew with the same memory, rings and in-flight area; what was in flight stays so. Like QEMU it does not
+    /// read the configuration again.
     ///
     /// # Errors
     /// Any of this crate's.
