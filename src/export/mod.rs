@@ -21,9 +21,9 @@ use crate::rt::{self, Inbox, Mail};
 use crate::vhost_user::{Device, QueueSetup};
 use crate::virtio::blk::{CONFIG_LEN, CONFIG_WCE, Geometry, SECTOR};
 use crate::virtio::feature;
-use crate::virtio::inflight::{Tracker, View};
+use crate::virtio::inflight::View;
 use crate::virtio::queue::{RingAddrs, Virtqueue};
-use crate::virtio::ring::Ring;
+use crate::virtio::track::{self, Tracking};
 
 mod active;
 mod policy;
@@ -349,21 +349,17 @@ impl Export {
         &self,
         index: u16,
         view: View,
-        ring: &mut Ring,
-    ) -> std::result::Result<Tracker, Errno> {
-        let started = Tracker::start(view, ring.used_idx());
-        let (tracker, next) = started.map_err(|why| {
+        ring: &mut Virtqueue,
+    ) -> std::result::Result<Tracking, Errno> {
+        let tracking = Tracking::start(view, ring).map_err(|why| {
             log::warn!("export '{}': queue {index}: the in-flight region: {why}", self.id());
             Errno::EINVAL
         })?;
-        if let Some(next) = next {
-            if tracker.waiting() > 0 {
-                let n = tracker.waiting();
-                log::info!("export '{}': queue {index}: {n} requests are resubmitted", self.id());
-            }
-            ring.set_next_avail(next);
+        if tracking.waiting() > 0 {
+            let n = tracking.waiting();
+            log::info!("export '{}': queue {index}: {n} requests are resubmitted", self.id());
         }
-        Ok(tracker)
+        Ok(tracking)
     }
 }
 
@@ -414,19 +410,10 @@ impl Device for Export {
             return Err(Errno::EINVAL);
         }
         let addrs = RingAddrs { desc: setup.desc, avail: setup.avail, used: setup.used };
-        let mut ring = Virtqueue::new(setup.map, addrs, setup.size, setup.base, setup.features)?;
+        let base = track::base(setup.inflight.as_ref(), setup.base);
+        let mut ring = Virtqueue::new(setup.map, addrs, setup.size, base, setup.features)?;
         ring.set_log(setup.log);
-        let tracker = match (&mut ring, setup.inflight) {
-            (Virtqueue::Split(ring), Some(view)) => Some(self.track(index, view, ring)?),
-            (Virtqueue::Packed(_), Some(_)) => {
-                log::warn!(
-                    "export '{}': queue {index}: requests in flight of packed rings are not tracked yet",
-                    self.id()
-                );
-                None
-            }
-            (_, None) => None,
-        };
+        let tracker = setup.inflight.map(|view| self.track(index, view, &mut ring)).transpose()?;
         let write_through = setup.features & feature(VIRTIO_BLK_F_FLUSH) == 0;
         if write_through && index == 0 && !self.shared.geometry.read_only {
             log::info!(

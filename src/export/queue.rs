@@ -16,9 +16,9 @@ use crate::mem::{GuestMap, RingLog, Sg};
 use crate::rt::grace::Participant;
 use crate::rt::{IOV_MAX, Reactor, Rw};
 use crate::virtio::blk::Status;
-use crate::virtio::inflight::Tracker;
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::ring::Broken;
+use crate::virtio::track::Tracking;
 
 /// The longest read of zeroes that is served on the spot, in bytes; longer ones take turns with others.
 const ZERO_MAX: u64 = 256 << 10;
@@ -43,7 +43,7 @@ pub struct Queue {
     root: Arc<Node>,
     ring: Virtqueue,
     /// Tells our successor what is in flight.
-    tracker: Option<Tracker>,
+    tracker: Option<Tracking>,
     slots: Box<[Slot]>,
     in_flight: u32,
     state: State,
@@ -78,7 +78,7 @@ impl Queue {
         index: u16,
         (shared, root): (Arc<Shared>, Arc<Node>),
         ring: Virtqueue,
-        tracker: Option<Tracker>,
+        tracker: Option<Tracking>,
         fds: [Option<OwnedFd>; 3],
         write_through: bool,
     ) -> Queue {
@@ -139,7 +139,7 @@ impl Queue {
     /// The number of heads to resubmit; they come before all others, also if the queue is being stopped.
     #[inline]
     fn waiting(&self) -> u16 {
-        self.tracker.as_ref().map_or(0, Tracker::waiting)
+        self.tracker.as_ref().map_or(0, Tracking::waiting)
     }
 
     /// The number of chains to take now, at most `room`.
@@ -172,7 +172,7 @@ impl Queue {
 
     #[inline]
     fn try_take(&mut self, reactor: &mut Reactor, grace: &Participant) -> Result<Started, Broken> {
-        let again = self.tracker.as_mut().and_then(Tracker::resubmit);
+        let again = self.tracker.as_mut().and_then(|t| t.resubmit(&mut self.ring));
         let head = match again {
             Some(head) => head,
             None => match self.ring.pop()? {
@@ -198,7 +198,7 @@ impl Queue {
         if again.is_none()
             && let Some(tracker) = &mut self.tracker
         {
-            tracker.taken(head);
+            tracker.taken(head, &self.ring);
         }
         if let Some(why) = slot.chain.bad {
             shared.report_malformed(self.index, why);
@@ -383,10 +383,11 @@ impl Queue {
     /// Shows the guest what is done, and notifies it if it wants that.
     #[inline]
     pub fn publish(&mut self) {
-        let notify = self.ring.publish(self.in_flight == 0);
-        if let (Some(tracker), Virtqueue::Split(ring)) = (&mut self.tracker, &self.ring) {
-            tracker.published(ring.used_idx());
-        }
+        let idle = self.in_flight == 0;
+        let notify = match &mut self.tracker {
+            Some(tracker) => tracker.publish(&mut self.ring, idle),
+            None => self.ring.publish(idle),
+        };
         if notify {
             self.notify();
         }
@@ -394,7 +395,7 @@ impl Queue {
 
     /// At the start: a predecessor may have been killed between showing the guest what is done and notifying it.
     pub fn notify_recovered(&self) {
-        if self.tracker.as_ref().is_some_and(Tracker::recovered) {
+        if self.tracker.as_ref().is_some_and(Tracking::recovered) {
             self.notify();
         }
     }

@@ -48,8 +48,7 @@ pub struct QueueSetup {
     pub used: u64,
     /// Where it goes on, as [`Virtqueue::base`](crate::virtio::queue::Virtqueue::base) has it.
     pub base: u32,
-    /// Where the requests in flight of a split ring are kept for our successor; if it has been used, it knows better than
-    /// `base`.
+    /// Where the requests in flight are kept for our successor; if it has been used, it knows better than `base`.
     pub inflight: Option<View>,
     /// The features that the driver accepted (device and ring bits).
     pub features: u64,

@@ -226,7 +226,10 @@ impl<'a> Session<'a> {
             SET_VRING_CALL => self.set_call(m)?,
             SET_VRING_ERR => self.set_err(m)?,
 
-            SET_INFLIGHT_FD => self.inflight = Some(Area::map(m.inflight()?, m.take_fd()?)?),
+            SET_INFLIGHT_FD => {
+                let packed = self.is_packed();
+                self.inflight = Some(Area::map(m.inflight()?, packed, m.take_fd()?)?);
+            }
 
             _ => return Err(err!("not supported")),
         }
@@ -332,14 +335,12 @@ impl Session<'_> {
     }
 
     /// GET_INFLIGHT_FD. It says nothing about the rings of now: SET_INFLIGHT_FD gives the memory back. Has no way to fail
-    /// but a region of no bytes: what packed rings get, whose requests are not tracked. QEMU then does without.
+    /// but a region of no bytes; QEMU then does without. Both real front ends negotiate features first, so that it is known
+    /// what kind of rings it is for.
     fn get_inflight(&mut self, m: &Message) -> Answer {
-        if self.is_packed() {
-            self.warn("GET_INFLIGHT_FD: requests of packed rings are not tracked");
-            return Answer::Inflight(InflightDesc::default(), None);
-        }
         let (queues, size_max) = (queue(self.rings.len()), self.device.max_queue_size());
-        match m.inflight().and_then(|asked| inflight::create(asked, queues, size_max)) {
+        let packed = self.is_packed();
+        match m.inflight().and_then(|asked| inflight::create(asked, packed, queues, size_max)) {
             Ok((desc, fd)) => Answer::Inflight(desc, Some(fd)),
             Err(e) => {
                 self.warn(&format!("GET_INFLIGHT_FD: {e}"));
@@ -494,7 +495,8 @@ impl Session<'_> {
         }
         let fail = |e: &dyn std::fmt::Display| err!("queue {i}: cannot start: {e}");
         let mut setup = ring.setup(&self.map, features, log).map_err(|e| fail(&e))?;
-        setup.inflight = self.inflight.as_ref().and_then(|area| area.view(queue(i), ring.size));
+        let area = self.inflight.as_ref();
+        setup.inflight = area.and_then(|area| area.view(queue(i), ring.size, packed));
         if setup.inflight.is_none() && self.inflight.is_some() {
             log::warn!("{}: queue {i}: no place in the in-flight region", self.name);
         }
