@@ -5,11 +5,11 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use vub_client::{Base, Client};
+use vub_client::{Client, Options};
 
 use crate::common::{Engine, Image, LIMIT, Random};
 use crate::model::{Load, Model, Stop};
-use crate::options;
+use crate::{bases, options};
 use crate::place::{Place, in_flight};
 
 /// Kills between two looks at the whole disk.
@@ -32,10 +32,12 @@ fn number(variable: &str, otherwise: u64) -> u64 {
     std::env::var(variable).map_or(otherwise, |n| n.parse().expect("a number"))
 }
 
-fn soak(engine: Engine, queues: u16) {
+fn soak(engine: Engine, options: Options) {
+    let (queues, packed) = (options.queues, options.packed);
     let image = Image::new(SIZE);
     let mut place = Place::new(image.options(engine, "unmap").to_string());
-    let mut client = Client::connect(place.socket(), options(queues)).unwrap();
+    let mut client = Client::connect(place.socket(), options).unwrap();
+    assert_eq!(client.has_feature(34), packed);
     let model = Model::new(SIZE / 512, 0);
     let mut random = Random(number("VUB_SEED", 1));
     let mut sum = Sum::default();
@@ -67,7 +69,7 @@ fn soak(engine: Engine, queues: u16) {
         assert!(std::fs::read(image.path()).unwrap() == disk, "the file is what the guest sees");
         assert_eq!(std::fs::metadata(image.path()).unwrap().size(), SIZE);
     }
-    println!("{engine:?} {queues} queues: {sum:?}");
+    println!("{engine:?} {queues} queues, packed {packed}: {sum:?}");
     assert!(sum.amid > 0 && sum.resubmitted > 0, "{sum:?}");
 }
 
@@ -101,7 +103,7 @@ fn kill_once(
     let left: usize = (0..4.min(queues(client))).map(|q| in_flight(client, q)).sum();
     ended.try_iter().for_each(drop);
     place.restart();
-    let base = [Base::Used, Base::Avail][usize::from(random.below(2) == 0)];
+    let base = bases(client.has_feature(34))[usize::from(random.below(2) == 0)];
     client.reconnect(place.socket(), base).unwrap();
     sum.slowest = sum.slowest.max(killed.elapsed());
     wait(1);
@@ -120,20 +122,36 @@ const NATIVE: Engine = Engine { aio: "native", direct: true };
 
 #[test]
 fn one_queue() {
-    soak(URING, 1);
+    soak(URING, options(1, false));
 }
 
 #[test]
 fn four_queues() {
-    soak(URING, 4);
+    soak(URING, options(4, false));
 }
 
 #[test]
 fn four_queues_through_the_page_cache() {
-    soak(THREADS, 4);
+    soak(THREADS, options(4, false));
 }
 
 #[test]
 fn one_queue_with_native_aio() {
-    soak(NATIVE, 1);
+    soak(NATIVE, options(1, false));
+}
+
+#[test]
+fn one_packed_queue() {
+    soak(URING, options(1, true));
+}
+
+/// Chains of several entries, and a ring that is no power of two.
+#[test]
+fn four_packed_queues_of_direct_chains() {
+    soak(URING, Options { indirect: false, queue_size: 601, ..options(4, true) });
+}
+
+#[test]
+fn one_packed_queue_through_the_page_cache() {
+    soak(THREADS, options(1, true));
 }
