@@ -237,7 +237,7 @@ impl Export {
         }
         let count = lock(&self.state).running.len();
         for index in 0..u16::try_from(count).unwrap_or(u16::MAX) {
-            self.halt_queue(index);
+            self.halt_queue(index, false);
         }
         let workers: Vec<Worker> =
             lock(&self.state).workers.iter_mut().filter_map(Option::take).collect();
@@ -284,12 +284,26 @@ impl Export {
         flushed
     }
 
-    /// Stops a queue (drained). Where its ring would go on, if it was running.
-    fn halt_queue(&self, index: u16) -> Option<u32> {
+    /// Stops a queue, drained or as [`Queue::suspend`] has it. Where its ring would go on, if it was running.
+    fn halt_queue(&self, index: u16, suspend: bool) -> Option<u32> {
         let running = lock(&self.state).running.get(usize::from(index)).copied()?;
-        let next =
-            if running { self.command(index, |answer| Command::Stop(index, answer)) } else { None };
+        let make = |answer| match suspend {
+            false => Command::Stop(index, answer),
+            true => Command::Suspend(index, answer),
+        };
+        let next = if running { self.command(index, make) } else { None };
         lock(&self.state).running[usize::from(index)] = false;
+        next
+    }
+
+    /// [`Export::halt_queue`], and a flush after the last one.
+    fn end_queue(&self, index: u16, suspend: bool) -> Option<u32> {
+        let next = self.halt_queue(index, suspend);
+        // The guest has reset its driver, moves to another host, or is gone: what it has not flushed may stay unflushed
+        // for ever.
+        if !lock(&self.state).running.contains(&true) {
+            self.flush_stopped();
+        }
         next
     }
 
@@ -435,13 +449,11 @@ impl Device for Export {
     }
 
     fn stop_queue(&self, index: u16) -> Option<u32> {
-        let next = self.halt_queue(index);
-        // The guest has reset its driver, moves to another host, or is gone: what it has not flushed may stay unflushed
-        // for ever.
-        if !lock(&self.state).running.contains(&true) {
-            self.flush_stopped();
-        }
-        next
+        self.end_queue(index, false)
+    }
+
+    fn suspend_queue(&self, index: u16) -> Option<u32> {
+        self.end_queue(index, true)
     }
 
     fn set_call(&self, index: u16, call: Option<OwnedFd>) {

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 
 use super::Shared;
@@ -32,6 +33,8 @@ enum State {
     Broken,
     /// Waiting for what is in flight; then where the ring would go on is sent.
     Stopping(SyncSender<u32>),
+    /// Likewise, but what does not come to a good end stays in flight for our successor.
+    Suspending(SyncSender<u32>),
 }
 
 /// Everything about one running queue. Owned by its worker.
@@ -58,6 +61,8 @@ pub struct Queue {
     err: Option<File>,
     /// The reactor's key for the kick descriptor.
     pub watch: Option<usize>,
+    /// Nobody waits for its requests any more: set when it is suspended.
+    cancelled: Arc<AtomicBool>,
     /// The driver does not know FLUSH: every write must be stable (VIRTIO 1.3, 5.2.6.2).
     write_through: bool,
 }
@@ -100,6 +105,7 @@ impl Queue {
             call: call.map(notifier),
             err: err.map(notifier),
             watch: None,
+            cancelled: Arc::default(),
             write_through,
         }
     }
@@ -291,6 +297,10 @@ impl Queue {
             self.finish(head, Status::Ok);
             return None;
         }
+        if self.is_suspending() {
+            self.leave_in_flight(head);
+            return None;
+        }
         let Transfer { write, offset, .. } = transfer;
         Some(self.slow(head, Action::Transfer { write, offset }))
     }
@@ -300,6 +310,7 @@ impl Queue {
         let doing = self.slots[usize::from(head)].doing;
         let status = match result {
             Ok(()) => Status::Ok,
+            Err(_) if self.is_suspending() => return self.leave_in_flight(head),
             Err(Errno::ENOTSUP) if doing.optional => Status::Unsupp,
             Err(e) => {
                 let verdict = self.shared.on_error.verdict(&doing, e);
@@ -364,6 +375,15 @@ impl Queue {
             self.finish(head, Status::IoErr);
             self.let_go(head);
         }
+    }
+
+    /// The request is nobody's here any more; the tracker says that it is in flight. What it has written to the guest's
+    /// memory may be half of the data.
+    fn leave_in_flight(&mut self, head: u16) {
+        let slot = &mut self.slots[usize::from(head)];
+        self.ring.log_written(slot.data(false));
+        (slot.busy, slot.held) = (false, false);
+        self.in_flight -= 1;
     }
 
     #[inline]
@@ -450,10 +470,40 @@ impl Queue {
         self.state = State::Stopping(answer);
     }
 
+    /// Takes no more, and gives up what can be given up: requests that are kept, that are to be resubmitted, that wait
+    /// for nobody but us or can be taken back from the kernel. They stay in flight for our successor; what is nearly done
+    /// completes. `answer` gets the ring's base when nothing of the guest's memory is in use. Without a tracker nobody would
+    /// know of them: then it is [`Queue::stop`].
+    pub fn suspend(&mut self, answer: SyncSender<u32>, reactor: &mut Reactor) {
+        let Some(tracker) = &mut self.tracker else { return self.stop(answer) };
+        tracker.give_up();
+        self.state = State::Suspending(answer);
+        self.cancelled.store(true, Ordering::Relaxed);
+        for (head, _) in self.retry() {
+            self.leave_in_flight(head);
+        }
+        for (head, slot) in (0..).zip(&self.slots) {
+            if slot.transfer.is_some() {
+                reactor.cancel(payload(self.index, head));
+            }
+        }
+    }
+
+    fn is_suspending(&self) -> bool {
+        matches!(self.state, State::Suspending(_))
+    }
+
+    /// Whether nobody waits for the queue's requests any more.
+    pub fn cancelled(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.cancelled)
+    }
+
     /// If the queue is being stopped and nothing is in flight: who waits, and the ring's base.
     pub fn stopped(&self) -> Option<(&SyncSender<u32>, u32)> {
         match &self.state {
-            State::Stopping(answer) if self.in_flight == 0 && self.waiting() == 0 => {
+            State::Stopping(answer) | State::Suspending(answer)
+                if self.in_flight == 0 && self.waiting() == 0 =>
+            {
                 Some((answer, self.ring.base()))
             }
             _ => None,

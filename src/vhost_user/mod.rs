@@ -84,6 +84,11 @@ pub trait Device: Send + Sync {
     /// Stops a ring: takes no new request, waits for those in flight, publishes them. Answers where it would go on (as
     /// [`QueueSetup::base`]); `None` if it did not run. Afterwards no byte of guest memory is touched on its behalf.
     fn stop_queue(&self, index: u16) -> Option<u32>;
+    /// Stops a ring as [`Device::stop_queue`] does, but at once: requests that are not nearly done stay as they are in
+    /// [`QueueSetup::inflight`], for the next start. Where there is none, or for a device that cannot, it is the same.
+    fn suspend_queue(&self, index: u16) -> Option<u32> {
+        self.stop_queue(index)
+    }
     /// A message has been handled, and no ring runs; its answer goes out afterwards. A ring that only moves does not come by
     /// here between its stop and its start.
     fn no_ring_runs(&self) {}

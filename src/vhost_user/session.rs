@@ -3,8 +3,6 @@
 //! Every request is handled to its end before the next is read, and its answer goes out after its effect: what
 //! GET_VRING_BASE, SET_VRING_ENABLE 0, a reset or REM_MEM_REG promise about the guest's memory holds when the front
 //! end reads the answer. Sections named are those of the "Vhost-user Protocol" document.
-//!
-//! GET_VRING_BASE_INFLIGHT has its place in [`OFFERED`] and in [`Session::handle`].
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -26,7 +24,7 @@ use crate::mem::{DirtyLog, GuestMap, RingLog};
 use crate::virtio::queue::{is_packed, is_size};
 
 /// The protocol features offered. QEMU acknowledges every one that it knows, without asking whether it can serve it:
-/// INBAND_NOTIFICATIONS must never stand here. To come: bit 20.
+/// INBAND_NOTIFICATIONS must never stand here.
 pub(super) const OFFERED: Protocol = Protocol::MQ
     .union(Protocol::LOG_SHMFD)
     .union(Protocol::REPLY_ACK)
@@ -36,7 +34,8 @@ pub(super) const OFFERED: Protocol = Protocol::MQ
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::CONFIGURE_MEM_SLOTS)
     .union(Protocol::STATUS)
-    .union(Protocol::DEVICE_STATE);
+    .union(Protocol::DEVICE_STATE)
+    .union(Protocol::GET_VRING_BASE_INFLIGHT);
 
 /// Feature bits that are not the device's.
 const OWN: u64 = VHOST_USER_F_PROTOCOL_FEATURES | VHOST_F_LOG_ALL;
@@ -520,9 +519,24 @@ impl Session<'_> {
 
     /// Stops ring `i` if it runs: no request is in flight afterwards, and the ring knows where to go on.
     fn halt(&mut self, i: usize) {
+        self.end(i, |device, queue| device.stop_queue(queue));
+    }
+
+    /// Stops ring `i` for a front end that asked for that: as [`Session::halt`], or, if GET_VRING_BASE_INFLIGHT is
+    /// negotiated, at once; then requests may stay in the in-flight region, and no memory of the guest's is in use. That
+    /// feature is about GET_VRING_BASE, but QEMU disables all rings before, and would wait there.
+    fn pause(&mut self, i: usize) {
+        if self.protocol.contains(Protocol::GET_VRING_BASE_INFLIGHT) {
+            self.end(i, |device, queue| device.suspend_queue(queue));
+        } else {
+            self.halt(i);
+        }
+    }
+
+    fn end(&mut self, i: usize, stop: impl FnOnce(&dyn Device, u16) -> Option<u32>) {
         let ring = &mut self.rings[i];
         if std::mem::take(&mut ring.running) {
-            match self.device.stop_queue(queue(i)) {
+            match stop(self.device, queue(i)) {
                 Some(base) => ring.base = Some(base),
                 None => self.warn(&format!("queue {i}: it had stopped by itself")),
             }
@@ -541,6 +555,7 @@ impl Session<'_> {
 
     fn get_base(&mut self, state: VringState) -> Result<Answer> {
         let i = self.ring(state.index)?;
+        self.pause(i);
         self.stop(i);
         let num = self.rings[i].base(self.is_packed());
         Ok(Answer::State(VringState { index: state.index, num }))
@@ -608,7 +623,7 @@ impl Session<'_> {
         let i = self.ring(state.index)?;
         match state.num {
             0 => {
-                self.halt(i);
+                self.pause(i);
                 self.rings[i].enabled = false;
                 Ok(())
             }
