@@ -21,9 +21,9 @@ use crate::rt::{self, Inbox, Mail};
 use crate::vhost_user::{Device, QueueSetup};
 use crate::virtio::blk::{CONFIG_LEN, CONFIG_WCE, Geometry, SECTOR};
 use crate::virtio::feature;
-use crate::virtio::inflight::{Tracker, View};
+use crate::virtio::inflight::View;
 use crate::virtio::queue::{RingAddrs, Virtqueue};
-use crate::virtio::ring::Ring;
+use crate::virtio::track::{self, Tracking};
 
 mod active;
 mod cache;
@@ -247,7 +247,7 @@ impl Export {
         }
         let count = lock(&self.state).running.len();
         for index in 0..u16::try_from(count).unwrap_or(u16::MAX) {
-            self.halt_queue(index);
+            self.halt_queue(index, false);
         }
         let workers: Vec<Worker> =
             lock(&self.state).workers.iter_mut().filter_map(Option::take).collect();
@@ -294,12 +294,26 @@ impl Export {
         flushed
     }
 
-    /// Stops a queue (drained). Where its ring would go on, if it was running.
-    fn halt_queue(&self, index: u16) -> Option<u32> {
+    /// Stops a queue, drained or as [`Queue::suspend`] has it. Where its ring would go on, if it was running.
+    fn halt_queue(&self, index: u16, suspend: bool) -> Option<u32> {
         let running = lock(&self.state).running.get(usize::from(index)).copied()?;
-        let next =
-            if running { self.command(index, |answer| Command::Stop(index, answer)) } else { None };
+        let make = |answer| match suspend {
+            false => Command::Stop(index, answer),
+            true => Command::Suspend(index, answer),
+        };
+        let next = if running { self.command(index, make) } else { None };
         lock(&self.state).running[usize::from(index)] = false;
+        next
+    }
+
+    /// [`Export::halt_queue`], and a flush after the last one.
+    fn end_queue(&self, index: u16, suspend: bool) -> Option<u32> {
+        let next = self.halt_queue(index, suspend);
+        // The guest has reset its driver, moves to another host, or is gone: what it has not flushed may stay unflushed
+        // for ever.
+        if !lock(&self.state).running.contains(&true) {
+            self.flush_stopped();
+        }
         next
     }
 
@@ -359,21 +373,17 @@ impl Export {
         &self,
         index: u16,
         view: View,
-        ring: &mut Ring,
-    ) -> std::result::Result<Tracker, Errno> {
-        let started = Tracker::start(view, ring.used_idx());
-        let (tracker, next) = started.map_err(|why| {
+        ring: &mut Virtqueue,
+    ) -> std::result::Result<Tracking, Errno> {
+        let tracking = Tracking::start(view, ring).map_err(|why| {
             log::warn!("export '{}': queue {index}: the in-flight region: {why}", self.id());
             Errno::EINVAL
         })?;
-        if let Some(next) = next {
-            if tracker.waiting() > 0 {
-                let n = tracker.waiting();
-                log::info!("export '{}': queue {index}: {n} requests are resubmitted", self.id());
-            }
-            ring.set_next_avail(next);
+        if tracking.waiting() > 0 {
+            let n = tracking.waiting();
+            log::info!("export '{}': queue {index}: {n} requests are resubmitted", self.id());
         }
-        Ok(tracker)
+        Ok(tracking)
     }
 }
 
@@ -426,20 +436,11 @@ impl Device for Export {
         }
         let addrs = RingAddrs { desc: setup.desc, avail: setup.avail, used: setup.used };
         let mut resumed = setup.base != cache::beginning(setup.features);
-        let mut ring = Virtqueue::new(setup.map, addrs, setup.size, setup.base, setup.features)?;
+        let base = track::base(setup.inflight.as_ref(), setup.base);
+        let mut ring = Virtqueue::new(setup.map, addrs, setup.size, base, setup.features)?;
         ring.set_log(setup.log);
-        let tracker = match (&mut ring, setup.inflight) {
-            (Virtqueue::Split(ring), Some(view)) => Some(self.track(index, view, ring)?),
-            (Virtqueue::Packed(_), Some(_)) => {
-                log::warn!(
-                    "export '{}': queue {index}: requests in flight of packed rings are not tracked yet",
-                    self.id()
-                );
-                None
-            }
-            (_, None) => None,
-        };
-        resumed |= tracker.as_ref().is_some_and(Tracker::recovered);
+        let tracker = setup.inflight.map(|view| self.track(index, view, &mut ring)).transpose()?;
+        resumed |= tracker.as_ref().is_some_and(Tracking::recovered);
         let write_through = setup.features & feature(VIRTIO_BLK_F_FLUSH) == 0;
         if write_through && index == 0 && !self.shared.geometry.read_only {
             log::info!(
@@ -470,13 +471,11 @@ impl Device for Export {
     }
 
     fn stop_queue(&self, index: u16) -> Option<u32> {
-        let next = self.halt_queue(index);
-        // The guest has reset its driver, moves to another host, or is gone: what it has not flushed may stay unflushed
-        // for ever.
-        if !lock(&self.state).running.contains(&true) {
-            self.flush_stopped();
-        }
-        next
+        self.end_queue(index, false)
+    }
+
+    fn suspend_queue(&self, index: u16) -> Option<u32> {
+        self.end_queue(index, true)
     }
 
     fn set_call(&self, index: u16, call: Option<OwnedFd>) {

@@ -12,6 +12,7 @@ mod dirty_log;
 mod engines;
 mod hostile;
 mod hostile_requests;
+mod inflight;
 mod lifecycle;
 mod memory;
 mod model;

@@ -64,6 +64,7 @@ pub mod pf {
     pub const CONFIGURE_MEM_SLOTS: u64 = 15;
     pub const STATUS: u64 = 16;
     pub const DEVICE_STATE: u64 = 19;
+    pub const GET_VRING_BASE_INFLIGHT: u64 = 20;
 }
 
 /// The back end's own message: the configuration has changed.

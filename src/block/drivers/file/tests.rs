@@ -142,7 +142,7 @@ fn a_device_that_changes_its_size() {
     let cut = file.try_clone().unwrap();
     let fd = file.as_raw_fd();
     let file = Arc::new(rt::File::new(file.into(), Engine::Threads, 1, 1));
-    let (access, len) = (Access::new(how, fd, false), 2 * PAGE as u64);
+    let (access, len) = (Access::new(how, fd, false, Duration::ZERO), 2 * PAGE as u64);
     let medium = Medium::new(file, Kind::Block, access, Limits::default(), len);
     let read = |offset, len| {
         let memory = Buffer::new(len, PAGE);
