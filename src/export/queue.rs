@@ -305,6 +305,13 @@ impl Queue {
         }
     }
 
+    /// Breaks the queue if its memory has been taken away, see [`crate::mem::sigbus`].
+    pub fn check_memory(&mut self) {
+        if matches!(self.state, State::Running) && self.ring.map().is_lost() {
+            self.break_ring("the front end has cut the file of its memory short");
+        }
+    }
+
     fn break_ring(&mut self, why: &str) {
         log::warn!("export '{}': queue {} is broken: {why}", self.shared.id, self.index);
         self.state = State::Broken;

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use super::queue::{Queue, Started, from_payload, payload};
 use super::request::Slow;
 use crate::error::Errno;
-use crate::mem::GuestMap;
+use crate::mem::{GuestMap, sigbus};
 use crate::rt::grace::{Domain, Participant};
 use crate::rt::poll::Policy;
 use crate::rt::{Event, Inbox, Installed, Runtime, WaitKind, best_wait_kind};
@@ -66,6 +66,8 @@ struct Worker {
     /// The weight of all slow-lane requests.
     slow_bytes: u64,
     new_memory: Option<(Arc<GuestMap>, SyncSender<()>)>,
+    /// [`sigbus::count`] when the queues' memory was last looked at; `None` after a command.
+    lost_seen: Option<u64>,
     quit: bool,
 }
 
@@ -98,6 +100,7 @@ pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<
         done: Rc::default(),
         slow_bytes: 0,
         new_memory: None,
+        lost_seen: None,
         quit: false,
     };
     AWAKE.fetch_add(1, Ordering::Relaxed);
@@ -112,6 +115,11 @@ pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<
 impl Worker {
     /// One turn of the loop. Whether anything happened.
     fn turn(&mut self) -> bool {
+        let lost = Some(sigbus::count());
+        if lost != self.lost_seen {
+            self.lost_seen = lost;
+            self.queues.iter_mut().for_each(Queue::check_memory);
+        }
         let mut progress = self.take();
         progress |= self.run_tasks();
         self.rt.reactor.borrow_mut().flush();
@@ -212,6 +220,9 @@ impl Worker {
     fn obey(&mut self) -> bool {
         let commands = self.rt.take_commands();
         let progress = !commands.is_empty();
+        if progress {
+            self.lost_seen = None;
+        }
         for command in commands {
             match command.downcast::<Command>() {
                 Ok(command) => self.command(*command),

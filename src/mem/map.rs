@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 use super::sg::IoVec;
+use super::sigbus::Guard;
 use crate::error::Errno;
 
 /// The most regions a map holds: what libvhost-user and QEMU's `vhost-user` limit themselves to (ACPI slots).
@@ -26,6 +27,8 @@ pub struct Region {
     host: *mut u8,
     mapping: *mut libc::c_void,
     mapping_len: usize,
+    /// `Some` until it is unmapped.
+    guard: Option<Guard>,
 }
 
 // SAFETY: a region is a range of addresses of shared memory; it is only accessed by volatile copies, atomics or the kernel.
@@ -79,12 +82,26 @@ impl Region {
         }
         let lead = usize::try_from(lead).map_err(|_| Errno::EINVAL)?;
         let host = mapping.cast::<u8>().wrapping_add(lead);
-        Ok(Region { guest_addr, user_addr, size, host, mapping, mapping_len })
+        // SAFETY: all of the mapping just made, whole pages of the file's; `drop` gives up the guard before it unmaps.
+        let guard = Some(unsafe { Guard::new(mapping, mapping_len) });
+        Ok(Region { guest_addr, user_addr, size, host, mapping, mapping_len, guard })
+    }
+
+    /// Whether its file was cut short while it was in use: it is private zeroes since, see [`super::sigbus`].
+    pub fn is_lost(&self) -> bool {
+        self.guard.as_ref().is_some_and(Guard::is_lost)
+    }
+
+    /// As if nobody guarded it.
+    #[cfg(test)]
+    pub(super) fn unguard(&mut self) {
+        self.guard = None;
     }
 }
 
 impl Drop for Region {
     fn drop(&mut self) {
+        self.guard = None;
         // SAFETY: the mapping is ours, and no request can reach it any more: queues hold the map that holds the
         // region until their last request has completed.
         unsafe { libc::munmap(self.mapping, self.mapping_len) };
@@ -142,6 +159,11 @@ impl GuestMap {
     /// The regions, sorted by guest address.
     pub fn regions(&self) -> &[Arc<Region>] {
         &self.regions
+    }
+
+    /// Whether a part of it was lost, see [`Region::is_lost`].
+    pub fn is_lost(&self) -> bool {
+        self.regions.iter().any(|r| r.is_lost())
     }
 
     fn find(&self, guest_addr: u64) -> Option<&Region> {
