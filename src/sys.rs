@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
 
 /// Turns libc's -1 into the error in errno.
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
@@ -59,17 +60,34 @@ pub fn umask(mask: u32) {
     unsafe { libc::umask(mask) };
 }
 
-/// Points the standard input, output and error at /dev/null.
+/// Points the standard input, output and error at `null`, which is /dev/null.
 ///
 /// # Errors
-/// If it cannot be opened.
-pub fn null_stdio() -> io::Result<()> {
-    let null = File::options().read(true).write(true).open("/dev/null")?;
+/// What the kernel says.
+pub fn null_stdio(null: &File) -> io::Result<()> {
     for fd in 0..3 {
         // SAFETY: `dup2` replaces the standard descriptors, which nobody owns, by another open file.
         check(unsafe { libc::dup2(null.as_raw_fd(), fd) })?;
     }
     Ok(())
+}
+
+/// Whether `fd` is open for reading, and for writing.
+///
+/// # Errors
+/// What the kernel says.
+pub fn access_mode(fd: BorrowedFd<'_>) -> io::Result<(bool, bool)> {
+    // SAFETY: no pointers; the descriptor is borrowed for the call.
+    let flags = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
+    let mode = if flags & libc::O_PATH == 0 { flags & libc::O_ACCMODE } else { -1 };
+    let either = mode == libc::O_RDWR;
+    Ok((either || mode == libc::O_RDONLY, either || mode == libc::O_WRONLY))
+}
+
+/// The processors that this process may use. Asked for once: the answer is partly in files, which a sandbox hides.
+pub fn processors() -> usize {
+    static COUNT: OnceLock<usize> = OnceLock::new();
+    *COUNT.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
 /// Raises the limit of open files to the most that is allowed.

@@ -54,6 +54,14 @@ pub enum Opt {
     PrintGraph,
     /// `--strict-formats`
     StrictFormats,
+    /// `--sandbox`
+    Sandbox,
+    /// `--allow-path`
+    AllowPath,
+    /// `--user`
+    User,
+    /// `--group`
+    Group,
 }
 
 /// Whether an option has an argument.
@@ -109,6 +117,10 @@ static OURS: &[Spec] = &[
     spec("log-level", Opt::LogLevel, Argument::Required),
     spec("print-graph", Opt::PrintGraph, Argument::Optional),
     spec("strict-formats", Opt::StrictFormats, Argument::None),
+    spec("sandbox", Opt::Sandbox, Argument::Required),
+    spec("allow-path", Opt::AllowPath, Argument::Required),
+    spec("user", Opt::User, Argument::Required),
+    spec("group", Opt::Group, Argument::Required),
 ];
 
 /// One option as it stands on the command line.
@@ -291,7 +303,7 @@ mod tests {
             (&["--help=1"], "option '--help' doesn't allow an argument"),
             (
                 &["--s"],
-                "option '--s' is ambiguous; possibilities: '--socket-path' '--socket-mode' '--strict-formats'",
+                "option '--s' is ambiguous; possibilities: '--socket-path' '--socket-mode' '--strict-formats' '--sandbox'",
             ),
         ] {
             assert_eq!(error(args), expected);

@@ -79,6 +79,11 @@ More:
   --print-graph[=text|json|dot]
                          open the block nodes, print them, and end
   --strict-formats       never guess the format of a backing file
+  --user=<name|number>, --group=<name|number>
+                         become these once all is set up; sockets and pidfile are theirs
+  --sandbox=on|off       give up every privilege, system call and file that serving
+                         does not need, once all is set up (on)
+  --allow-path=<path>    except this file, or all below this directory; repeatable
 
 SIGTERM, SIGINT and SIGHUP end the program: requests in flight are finished,
 everything is flushed, sockets and pidfile are removed, and the exit code is 0.

@@ -5,7 +5,7 @@
 //! which they are written. Nobody is served before the last option has been processed.
 //!
 //! ```text
-//! getopt -> plan -> (daemonize) -> session -> pidfile -> publish -> serve -> READY -> signal -> STOPPING -> close
+//! getopt -> plan -> (daemonize) -> session -> pidfile -> publish -> sandbox -> serve -> READY -> signal -> STOPPING -> close
 //! ```
 #![forbid(unsafe_code)]
 
@@ -21,15 +21,17 @@ pub mod session;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
-use daemon::{Background, Pidfile, Side};
+use daemon::{Background, Manager, Pidfile, Side};
 use help::PROGRAM;
 use plan::{Plan, Settings};
 use session::{Next, Session};
 
 use crate::err;
 use crate::error::{Error, Result};
+use crate::sandbox::Config;
 use crate::sys::{self, Signals};
 
 /// The signals that end the program.
@@ -115,16 +117,27 @@ fn serve(
     }
     // Locked before a socket of a process with the same pidfile is replaced; filled when ours is there to be used.
     *pidfile = settings.pidfile.as_deref().map(Pidfile::lock).transpose()?;
+    let numbers = settings.identity.numbers();
+    if numbers != (None, None) {
+        session.give_to(numbers)?;
+        pidfile.as_ref().map(|file| file.give_to(numbers)).transpose()?;
+    }
     session.publish()?;
     pidfile.as_mut().map(Pidfile::fill).transpose()?;
+    let manager = Manager::connect();
+    settings.identity.assume().map_err(|e| err!("cannot become another user: {e}"))?;
+    if settings.sandbox {
+        let dirs = pidfile.iter().filter_map(Pidfile::dir).map(Path::to_path_buf).collect();
+        session.confine(Config { remove_in: dirs, allow: settings.allow.clone() })?;
+    }
     session.serve()?;
     if let Some(background) = background {
         background.ready().map_err(|e| err!("cannot go to the background: {e}"))?;
     }
-    daemon::notify("READY=1");
+    manager.notify("READY=1");
     let signal = signals.wait().map_err(|e| err!("cannot wait for signals: {e}"))?;
     log::info!("signal {signal}: stopping");
-    daemon::notify("STOPPING=1");
+    manager.notify("STOPPING=1");
     Ok(ExitCode::SUCCESS)
 }
 

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -16,6 +17,8 @@ use crate::block::{Graph, Node, print};
 use crate::err;
 use crate::error::Result;
 use crate::qapi::Input;
+use crate::rt::pool::pool;
+use crate::sandbox;
 use crate::vhost_user::Endpoint;
 
 /// The name of the node that `--blk-file` defines.
@@ -164,6 +167,29 @@ impl Session {
     /// If one cannot be moved there.
     pub fn publish(&mut self) -> Result<()> {
         self.exports.publish()
+    }
+
+    /// Gives the sockets to another user and group, before they have their names.
+    ///
+    /// # Errors
+    /// Without the right to.
+    pub fn give_to(&self, numbers: (Option<u32>, Option<u32>)) -> Result<()> {
+        self.exports.places().try_for_each(|place| place.give_to(numbers))
+    }
+
+    /// Enters the sandbox, with what the end of the session will take.
+    ///
+    /// # Errors
+    /// If the kernel refuses what it should allow.
+    pub fn confine(&self, mut config: sandbox::Config) -> Result<()> {
+        let dirs = self.exports.places().filter_map(listen::Place::dir);
+        config.remove_in.extend(dirs.map(Path::to_path_buf));
+        // Threads made before are not restricted; these have nothing to do yet.
+        self.graph.upkeep().pause();
+        pool().retire();
+        let entered = sandbox::enter(&config);
+        self.graph.upkeep().resume();
+        entered
     }
 
     /// Starts to serve.

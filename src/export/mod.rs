@@ -20,6 +20,7 @@ use crate::err;
 use crate::error::{Errno, Result};
 use crate::mem::GuestMap;
 use crate::rt::{self, Inbox, Mail};
+use crate::sandbox::{self, Thread};
 use crate::vhost_user::{Device, QueueSetup};
 use crate::virtio::blk::{CONFIG_LEN, CONFIG_WCE, Geometry, SECTOR};
 use crate::virtio::feature;
@@ -257,7 +258,10 @@ impl Export {
         let (poll_max_ns, grace) = (self.poll_max_ns, Arc::clone(self.graph.grace()));
         let thread = std::thread::Builder::new()
             .name(format!("blk-{}-{at}", self.id()))
-            .spawn(move || worker::run(poll_max_ns, &grace, &ready))?;
+            .spawn(move || {
+                sandbox::thread(Thread::Worker);
+                worker::run(poll_max_ns, &grace, &ready);
+            })?;
         let inbox = wait.recv().map_err(|_| Errno::EIO)??;
         Ok(Worker { inbox, thread })
     }

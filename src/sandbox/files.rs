@@ -1,0 +1,101 @@
+//! Which files may still be opened: Landlock.
+#![forbid(unsafe_code)]
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+};
+
+use super::Config;
+use crate::err;
+use crate::error::Result;
+use crate::sys;
+
+/// The newest rights that we know; an older kernel gets those that it knows.
+const NEWEST: ABI = ABI::V7;
+
+/// Restricts the calling thread and those that it will start. `false`: the kernel cannot.
+///
+/// # Errors
+/// If a path of `config` is not there; what the kernel says.
+pub(super) fn restrict(config: &Config) -> Result<bool> {
+    let failed = |e: RulesetError| err!("cannot enter the sandbox: Landlock: {e}");
+    let mut rules = Ruleset::default()
+        .handle_access(AccessFs::from_all(NEWEST))
+        .and_then(|r| r.handle_access(AccessNet::from_all(NEWEST)))
+        .and_then(|r| r.scope(Scope::from_all(NEWEST)))
+        .and_then(Ruleset::create)
+        .map_err(failed)?;
+    rules = allow_open_files(rules).map_err(failed)?;
+    for dir in &config.remove_in {
+        rules = rules
+            .add_rule(PathBeneath::new(open_path(dir)?, AccessFs::RemoveFile))
+            .map_err(failed)?;
+    }
+    for path in &config.allow {
+        let rights = match path.is_dir() {
+            true => AccessFs::from_all(NEWEST),
+            false => AccessFs::from_file(NEWEST),
+        };
+        let rights = rights & !AccessFs::Execute;
+        rules = rules.add_rule(PathBeneath::new(open_path(path)?, rights)).map_err(failed)?;
+    }
+    let status = rules.restrict_self().map_err(failed)?;
+    if status.ruleset == RulesetStatus::PartiallyEnforced {
+        log::info!("the kernel's Landlock is older than version {NEWEST:?}: not everything is forbidden");
+    }
+    Ok(status.ruleset != RulesetStatus::NotEnforced)
+}
+
+fn open_path(path: &Path) -> Result<PathFd> {
+    PathFd::new(path).map_err(|e| err!("cannot enter the sandbox: {e}"))
+}
+
+/// What is open may be opened again, in the same mode: drivers do so when their node's permissions change.
+fn allow_open_files(
+    mut rules: RulesetCreated,
+) -> std::result::Result<RulesetCreated, RulesetError> {
+    // Without /proc nothing is opened again either.
+    for entry in fs::read_dir("/proc/self/fd").into_iter().flatten().flatten() {
+        let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        // A descriptor of our own: the number may be closed by now, as that of this very directory will be.
+        let Some(file) = number.and_then(|n| sys::dup(n).ok()).map(File::from) else { continue };
+        if let Some(rights) = rights_of(&file) {
+            let fd: BorrowedFd<'_> = file.as_fd();
+            match rules.add_rule(PathBeneath::new(fd, rights)) {
+                Ok(more) => rules = more,
+                Err(e) => return Err(e),
+            }
+        }
+    }
+    Ok(rules)
+}
+
+/// The rights to open a file in the mode in which it is open; `None` for what has no name or is no file.
+fn rights_of(file: &File) -> Option<BitFlags<AccessFs>> {
+    let meta = file.metadata().ok()?;
+    let device = meta.file_type().is_block_device() || meta.file_type().is_char_device();
+    // A memfd and the like have no path: the kernel refuses rules for them.
+    let named = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
+        .is_ok_and(|path| path.starts_with("/") && !path.starts_with("/memfd:"));
+    if !named || !(meta.is_file() || device) {
+        return None;
+    }
+    let (read, write) = sys::access_mode(file.as_fd()).ok()?;
+    let mut rights = BitFlags::empty();
+    if read {
+        rights |= AccessFs::ReadFile;
+    }
+    if write {
+        rights |= AccessFs::WriteFile | AccessFs::Truncate;
+    }
+    if device {
+        rights |= AccessFs::IoctlDev;
+    }
+    (read || write).then_some(rights)
+}
