@@ -31,7 +31,7 @@ use session::{Next, Session};
 
 use crate::err;
 use crate::error::{Error, Result};
-use crate::sandbox::Config;
+use crate::sandbox::{Config, privileges};
 use crate::sys::{self, Signals};
 
 /// The signals that end the program.
@@ -125,6 +125,9 @@ fn serve(
     session.publish()?;
     pidfile.as_mut().map(Pidfile::fill).transpose()?;
     let manager = Manager::connect();
+    if settings.sandbox {
+        privileges::bound_capabilities();
+    }
     settings.identity.assume().map_err(|e| err!("cannot become another user: {e}"))?;
     if settings.sandbox {
         let dirs = pidfile.iter().filter_map(Pidfile::dir).map(Path::to_path_buf).collect();

@@ -109,8 +109,7 @@ impl Plan {
         }
         settings.exports.several = exports > 1;
         settings.check()?;
-        settings.identity =
-            Identity::find(settings.user.as_deref(), settings.group.as_deref())?;
+        settings.identity = Identity::find(settings.user.as_deref(), settings.group.as_deref())?;
         Ok(Plan::Serve(Box::new(settings)))
     }
 }

@@ -256,12 +256,12 @@ impl Export {
     fn spawn_worker(&self, at: usize) -> std::result::Result<Worker, Errno> {
         let (ready, wait) = sync_channel(1);
         let (poll_max_ns, grace) = (self.poll_max_ns, Arc::clone(self.graph.grace()));
-        let thread = std::thread::Builder::new()
-            .name(format!("blk-{}-{at}", self.id()))
-            .spawn(move || {
+        let thread = std::thread::Builder::new().name(format!("blk-{}-{at}", self.id())).spawn(
+            move || {
                 sandbox::thread(Thread::Worker);
                 worker::run(poll_max_ns, &grace, &ready);
-            })?;
+            },
+        )?;
         let inbox = wait.recv().map_err(|_| Errno::EIO)??;
         Ok(Worker { inbox, thread })
     }

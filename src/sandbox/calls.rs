@@ -167,13 +167,13 @@ const DEADLY: Calls = &[
 /// The requests of `ioctl` that drivers (`linux/fs.h`) and the standard library (`FIONBIO`, `FIOCLEX`) make.
 const IOCTLS: &[u64] = &[
     0x125e,      // BLKROGET
-    0x1268, // BLKSSZGET
-    0x1277, // BLKDISCARD
-    0x127b, // BLKPBSZGET
-    0x127f, // BLKZEROOUT
+    0x1268,      // BLKSSZGET
+    0x1277,      // BLKDISCARD
+    0x127b,      // BLKPBSZGET
+    0x127f,      // BLKZEROOUT
     0x8008_1272, // BLKGETSIZE64
-    0x5421, // FIONBIO
-    0x5451, // FIOCLEX
+    0x5421,      // FIONBIO
+    0x5451,      // FIOCLEX
 ];
 
 /// The operations of `prctl` that a thread needs at its start.

@@ -47,7 +47,9 @@ pub(super) fn restrict(config: &Config) -> Result<bool> {
     }
     let status = rules.restrict_self().map_err(failed)?;
     if status.ruleset == RulesetStatus::PartiallyEnforced {
-        log::info!("the kernel's Landlock is older than version {NEWEST:?}: not everything is forbidden");
+        log::info!(
+            "the kernel's Landlock is older than version {NEWEST:?}: not everything is forbidden"
+        );
     }
     Ok(status.ruleset != RulesetStatus::NotEnforced)
 }

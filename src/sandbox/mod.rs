@@ -89,6 +89,7 @@ pub fn enter(config: &Config) -> Result<()> {
             "the kernel has no Landlock (CONFIG_SECURITY_LANDLOCK, lsm=): every file may be opened"
         );
     }
+    privileges::bound_capabilities();
     privileges::drop_capabilities().map_err(|e| failed("capabilities", &e))?;
     let filters = calls::filters().map_err(|e| failed("seccomp", &e))?;
     for filter in [&filters.process, &filters.deadly] {
@@ -140,8 +141,11 @@ fn alone() -> Result<()> {
             }
         };
         if start.elapsed() > QUIET {
-            return Err(err!("cannot enter the sandbox: threads are running: {}", names.join(", "))
-                .with_hint("--sandbox=off goes without it"));
+            return Err(err!(
+                "cannot enter the sandbox: threads are running: {}",
+                names.join(", ")
+            )
+            .with_hint("--sandbox=off goes without it"));
         }
         std::thread::sleep(Duration::from_micros(200));
     }

@@ -102,7 +102,9 @@ enum Key<'a> {
 }
 
 /// The entry that `get` finds with a buffer that is large enough: it answers an error number, and whether it found one.
-fn with_buffer<T>(mut get: impl FnMut(&mut [u8]) -> (i32, Option<T>)) -> std::result::Result<Option<T>, Errno> {
+fn with_buffer<T>(
+    mut get: impl FnMut(&mut [u8]) -> (i32, Option<T>),
+) -> std::result::Result<Option<T>, Errno> {
     let mut buffer = vec![0; 4096];
     loop {
         match get(&mut buffer) {
@@ -171,17 +173,22 @@ pub fn no_new_privileges() -> io::Result<()> {
     check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })
 }
 
-/// Drops all capabilities of the calling thread, and of those that it starts.
-///
-/// # Errors
-/// What the kernel says.
-pub fn drop_capabilities() -> io::Result<()> {
+/// Makes the calling thread, and those that it starts, unable to gain capabilities. To be called before the process becomes
+/// another user, who may not do this; nothing happens without the right to (CAP_SETPCAP).
+pub fn bound_capabilities() {
     for capability in 0..CAPABILITIES_MAX {
         // SAFETY: no memory is passed. It fails after the last one, and for who may not: then there are none to keep.
         if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
             break;
         }
     }
+}
+
+/// Drops all capabilities of the calling thread, and of those that it starts.
+///
+/// # Errors
+/// What the kernel says.
+pub fn drop_capabilities() -> io::Result<()> {
     let header = [CAPABILITY_VERSION, 0];
     // Effective, permitted, inheritable; twice.
     let none = [0u32; 6];
