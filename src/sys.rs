@@ -95,12 +95,39 @@ pub fn processors() -> usize {
 /// # Errors
 /// What the kernel says.
 pub fn raise_nofile_limit() -> io::Result<()> {
+    raise_to_allowed(libc::RLIMIT_NOFILE)
+}
+
+/// Whether the memory that this process may lock is unlimited.
+pub fn locks_without_limit() -> bool {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is valid for writing.
-    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
+    let got = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limit) };
+    got == 0 && limit.rlim_cur == libc::RLIM_INFINITY
+}
+
+fn raise_to_allowed(what: libc::__rlimit_resource_t) -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is valid for writing.
+    check(unsafe { libc::getrlimit(what, &raw mut limit) })?;
     limit.rlim_cur = limit.rlim_max;
     // SAFETY: `limit` is valid for reading.
-    check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }).map(drop)
+    check(unsafe { libc::setrlimit(what, &raw const limit) }).map(drop)
+}
+
+/// Raises the limit of locked memory, which the kernel counts the rings of an io_uring as, to the most that is allowed: no limit
+/// for who may say so (CAP_SYS_RESOURCE). It is counted for each user, over all processes, and the usual limit is enough for
+/// some fifty rings.
+///
+/// # Errors
+/// What the kernel says.
+pub fn raise_memlock_limit() -> io::Result<()> {
+    let none = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: `none` is valid for reading.
+    if check(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const none) }).is_ok() {
+        return Ok(());
+    }
+    raise_to_allowed(libc::RLIMIT_MEMLOCK)
 }
 
 /// Signals that are blocked in this thread, and in those it starts later, and read from a descriptor instead.

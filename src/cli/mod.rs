@@ -75,6 +75,9 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
     if let Err(e) = sys::raise_nofile_limit() {
         log::warn!("cannot raise the limit of open files: {e}");
     }
+    if let Err(e) = sys::raise_memlock_limit() {
+        log::warn!("cannot raise the limit of locked memory: {e}");
+    }
     // Before the first thread: threads inherit the mask.
     let signals = Signals::block(&STOP_SIGNALS).map_err(|e| err!("cannot block signals: {e}"))?;
     let mut session = Session::new();

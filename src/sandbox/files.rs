@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
@@ -31,7 +31,7 @@ pub(super) fn restrict(config: &Config) -> Result<bool> {
         .and_then(|r| r.scope(Scope::from_all(NEWEST)))
         .and_then(Ruleset::create)
         .map_err(failed)?;
-    rules = allow_open_files(rules).map_err(failed)?;
+    allow_open_files(&mut rules);
     for dir in &config.remove_in {
         rules = rules
             .add_rule(PathBeneath::new(open_path(dir)?, AccessFs::RemoveFile))
@@ -58,24 +58,20 @@ fn open_path(path: &Path) -> Result<PathFd> {
     PathFd::new(path).map_err(|e| err!("cannot enter the sandbox: {e}"))
 }
 
-/// What is open may be opened again, in the same mode: drivers do so when their node's permissions change.
-fn allow_open_files(
-    mut rules: RulesetCreated,
-) -> std::result::Result<RulesetCreated, RulesetError> {
+/// What is open may be opened again, in the same mode: drivers do so when their node's permissions change. A file that the
+/// kernel takes no rule for (it has no place in any tree) stays open, that is all.
+fn allow_open_files(rules: &mut RulesetCreated) {
     // Without /proc nothing is opened again either.
     for entry in fs::read_dir("/proc/self/fd").into_iter().flatten().flatten() {
         let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
         // A descriptor of our own: the number may be closed by now, as that of this very directory will be.
         let Some(file) = number.and_then(|n| sys::dup(n).ok()).map(File::from) else { continue };
-        if let Some(rights) = rights_of(&file) {
-            let fd: BorrowedFd<'_> = file.as_fd();
-            match rules.add_rule(PathBeneath::new(fd, rights)) {
-                Ok(more) => rules = more,
-                Err(e) => return Err(e),
-            }
+        if let Some(rights) = rights_of(&file)
+            && let Err(e) = rules.add_rule(PathBeneath::new(file.as_fd(), rights))
+        {
+            log::debug!("descriptor {number:?}: {e}");
         }
     }
-    Ok(rules)
 }
 
 /// The rights to open a file in the mode in which it is open; `None` for what has no name or is no file.

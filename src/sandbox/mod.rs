@@ -4,8 +4,9 @@
 //! At that moment the process has one thread (it is made sure of), so that what is forbidden there is forbidden to every
 //! later thread, without a gap:
 //!
-//! * **no_new_privs**, and no **capability** at all. None is needed for what is open. io_uring needed CAP_IPC_LOCK for
-//!   rings of our size before Linux 5.12; such a kernel has no multishot poll either, there we wait in epoll.
+//! * **no_new_privs**, and no **capability** (but one, at times). None is needed for what is open. The kernel counts the rings of an
+//!   io_uring as locked memory, per user, of who has no CAP_IPC_LOCK (seen on 6.18; the usual 8 MiB are some fifty rings): the
+//!   program lifts RLIMIT_MEMLOCK when it starts, and keeps that one capability where it may not (a container's root).
 //!   Lost with CAP_SYS_RESOURCE: a file system's blocks reserved for root. Lost with CAP_DAC_OVERRIDE: removing sockets from
 //!   directories of other users (a left-over socket is replaced by the next start).
 //! * **Landlock** (`files`): a file that is open may be opened again in the mode it is open in; files may be removed from

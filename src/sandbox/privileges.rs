@@ -8,9 +8,12 @@ use std::ptr::null_mut;
 
 use crate::err;
 use crate::error::{Errno, Error, Result};
+use crate::sys;
 
 /// `_LINUX_CAPABILITY_VERSION_3` of `linux/capability.h`: two words for each set.
 const CAPABILITY_VERSION: u32 = 0x2008_0522;
+/// The bit of CAP_IPC_LOCK.
+const IPC_LOCK: u32 = 1 << 14;
 /// Capability numbers fit 64 bits; the kernel says where they end.
 const CAPABILITIES_MAX: libc::c_ulong = 64;
 /// The longest entry of the user or group database, in bytes: a group may have many members.
@@ -184,15 +187,22 @@ pub fn bound_capabilities() {
     }
 }
 
-/// Drops all capabilities of the calling thread, and of those that it starts.
+/// Drops all capabilities of the calling thread, and of those that it starts; but not CAP_IPC_LOCK where the memory that
+/// may be locked is limited.
 ///
 /// # Errors
 /// What the kernel says.
 pub fn drop_capabilities() -> io::Result<()> {
     let header = [CAPABILITY_VERSION, 0];
     // Effective, permitted, inheritable; twice.
-    let none = [0u32; 6];
-    // SAFETY: the kernel reads a header of two words, for this thread, and two structs of three words each.
-    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    let set = |sets: [u32; 6]| {
+        // SAFETY: the kernel reads a header of two words, for this thread, and two structs of three words each.
+        let result = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // Refused if it was not there.
+    if !sys::locks_without_limit() && set([IPC_LOCK, IPC_LOCK, 0, 0, 0, 0]).is_ok() {
+        return Ok(());
+    }
+    set([0; 6])
 }
