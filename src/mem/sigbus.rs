@@ -81,13 +81,15 @@ pub fn count() -> u64 {
 }
 
 impl Place {
-    const FREE: Place = Place {
-        taken: AtomicBool::new(false),
-        version: AtomicU64::new(0),
-        start: AtomicUsize::new(0),
-        len: AtomicUsize::new(0),
-        lost: AtomicBool::new(false),
-    };
+    const fn free() -> Place {
+        Place {
+            taken: AtomicBool::new(false),
+            version: AtomicU64::new(0),
+            start: AtomicUsize::new(0),
+            len: AtomicUsize::new(0),
+            lost: AtomicBool::new(false),
+        }
+    }
 
     /// Only its owner does this.
     fn set(&self, start: usize, len: usize) {
@@ -126,7 +128,8 @@ fn take_place() -> &'static Place {
             return place;
         }
         let head = CHUNKS.load(Ordering::Acquire);
-        let made = Box::into_raw(Box::new(Chunk { places: [Place::FREE; CHUNK], next: head }));
+        let made =
+            Box::into_raw(Box::new(Chunk { places: [const { Place::free() }; CHUNK], next: head }));
         if CHUNKS.compare_exchange(head, made, Ordering::AcqRel, Ordering::Acquire).is_err() {
             // SAFETY: made above, and nobody else has seen it.
             drop(unsafe { Box::from_raw(made) });

@@ -45,8 +45,8 @@ impl Identity {
         let failed = |e| Error::from_errno(format!("--user={text}"), e);
         let number = text.parse::<libc::uid_t>().ok().filter(|n| *n != libc::uid_t::MAX);
         let found = match number {
-            Some(number) => user_entry(Key::Number(number)),
-            None => user_entry(Key::Name(&c_string(text)?)),
+            Some(number) => user_entry(&Key::Number(number)),
+            None => user_entry(&Key::Name(&c_string(text)?)),
         };
         match (found.map_err(failed)?, number) {
             (Some(User { name, uid, gid }), _) => {
@@ -121,7 +121,7 @@ fn with_buffer<T>(
     }
 }
 
-fn user_entry(key: Key<'_>) -> std::result::Result<Option<User>, Errno> {
+fn user_entry(key: &Key<'_>) -> std::result::Result<Option<User>, Errno> {
     with_buffer(|buffer| {
         let mut entry = MaybeUninit::<libc::passwd>::uninit();
         let (mut found, at, len) = (null_mut(), buffer.as_mut_ptr().cast(), buffer.len());
@@ -133,7 +133,7 @@ fn user_entry(key: Key<'_>) -> std::result::Result<Option<User>, Errno> {
                     libc::getpwnam_r(name.as_ptr(), entry.as_mut_ptr(), at, len, &raw mut found)
                 }
                 Key::Number(uid) => {
-                    libc::getpwuid_r(uid, entry.as_mut_ptr(), at, len, &raw mut found)
+                    libc::getpwuid_r(*uid, entry.as_mut_ptr(), at, len, &raw mut found)
                 }
             };
             let user = found.as_ref().filter(|_| rc == 0).map(|entry| User {
