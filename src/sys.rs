@@ -2,6 +2,7 @@
 #![warn(unsafe_code)]
 #![expect(unsafe_code, reason = "this module is where it belongs")]
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::mem::{self, MaybeUninit};
@@ -200,6 +201,24 @@ pub fn dup(fd: RawFd) -> io::Result<OwnedFd> {
     let fd = check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) })?;
     // SAFETY: the kernel has just made this descriptor, nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Memory of `len` zero bytes with a descriptor, whose length nobody can change.
+///
+/// # Errors
+/// What the kernel says.
+pub fn memfd(name: &CStr, len: u64) -> io::Result<File> {
+    // SAFETY: `name` is a C string.
+    let fd = check(unsafe {
+        libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
+    })?;
+    // SAFETY: the kernel has just made this descriptor, nobody else owns it.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.set_len(len)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: no pointers.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) })?;
+    Ok(file)
 }
 
 /// An option of level SOL_SOCKET whose value is an int.

@@ -304,6 +304,11 @@ fn nodes_as_qemu() {
 }
 
 #[test]
+fn blkdebug_as_qemu() {
+    compare("blkdebug");
+}
+
+#[test]
 fn qcow2_as_qemu() {
     compare("qcow2");
 }

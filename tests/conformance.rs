@@ -72,6 +72,12 @@ fn raw_window() {
 }
 
 #[test]
+fn blkdebug() {
+    every_engine(Layout::Debug(512), &[8 * MIB]);
+    every_engine(Layout::Debug(4096), &[8 * MIB]);
+}
+
+#[test]
 fn host_device() {
     if Loop::exist() {
         every_engine(Layout::HostDevice(512), &[6 * MIB]);

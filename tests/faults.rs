@@ -196,6 +196,7 @@ fn export(options: Value) -> std::sync::Arc<Export> {
         serial: String::new(),
         threads: 1,
         poll_max_ns: 0,
+        on_error: Default::default(),
     };
     Export::new(&graph, &node, config).unwrap()
 }
@@ -266,7 +267,7 @@ fn a_lie_breaks_one_queue() {
     for sector in 0..100 {
         assert_eq!(guest_read(&mut honest, sector), (0, 0));
     }
-    assert_eq!(export.stop_queue(0), Some(liar.avail()));
+    assert_eq!(export.stop_queue(0), Some(liar.avail().into()));
     // A reset, and it may start again.
     let mut reformed = Guest::new(3);
     export.start_queue(0, reformed.setup()).unwrap();

@@ -165,6 +165,18 @@ fn one_vcpu_with_threads_and_page_cache() {
 }
 
 #[test]
+fn packed_rings() {
+    let _alone = alone();
+    let mut disk = Served::start(256, ",cache.direct=on", ",writable=on");
+    let packed = ["--device-opt", "packed=on", "--vcpus", "2"];
+    disk.guest(&["packed.sh", "filesystem.sh", "fio-verify.sh"], &packed);
+    // Another guest, with short rings (its firmware's are split, and can have no odd size); then one with split rings.
+    disk.guest(&["packed.sh", "fio-verify.sh"], &[&packed[..], &["--queue-size", "16"]].concat());
+    disk.guest(&["fio-verify.sh"], &[]);
+    disk.stop();
+}
+
+#[test]
 fn read_only_disks_refuse_writes() {
     let _alone = alone();
     let mut disk = Served::start(64, "", ",writable=off");

@@ -6,8 +6,10 @@ mod drivers;
 
 use std::alloc::{GlobalAlloc, Layout as Shape, System};
 use std::cell::Cell;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use drivers::bed::directory;
@@ -16,8 +18,11 @@ use drivers::{Rng, not_tested};
 use serde_json::{Value, json};
 use vhost_user_blk::block::Graph;
 use vhost_user_blk::export::{Export, ExportConfig};
+use vhost_user_blk::mem::Region;
 use vhost_user_blk::rt::uring_available;
-use vhost_user_blk::vhost_user::Device;
+use vhost_user_blk::vhost_user::{Device, Endpoint, Server};
+use vhost_user_blk::virtio::inflight::{View, part_len};
+use vub_client::{Client, Options, Status};
 
 const WARM_UP: u64 = 10_000;
 const REQUESTS: u64 = 100_000;
@@ -52,12 +57,13 @@ impl Counting {
     }
 }
 
-/// Asked of the kernel, which allocates nothing here. Workers' names begin with `blk-`.
+/// Asked of the kernel, which allocates nothing here. Workers' names begin with `blk-`; upkeep's does, too, and it looks at
+/// the medium's length now and then.
 fn named_worker() -> bool {
     let mut name = [0u8; 16];
     // SAFETY: PR_GET_NAME writes at most 16 bytes.
     let rc = unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
-    rc == 0 && name.starts_with(b"blk-")
+    rc == 0 && name.starts_with(b"blk-") && !name.starts_with(b"blk-upkeep")
 }
 
 // SAFETY: everything is left to the system's allocator.
@@ -128,11 +134,16 @@ fn serve(guest: &mut Guest, rng: &mut Rng, count: u64, checked: bool) {
     assert_eq!(free.len(), usize::from(SLOTS));
 }
 
-fn allocations(name: &str, node: Value, checked: bool) -> u64 {
-    let graph = Graph::new();
-    let Value::Object(options) = node else { unreachable!() };
-    let node = graph.add(options).unwrap();
-    let config = ExportConfig {
+/// Memory to track the guest's requests in that nobody has used yet.
+fn fresh_region(size: u16) -> View {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(part_len(size)).unwrap();
+    let region = Region::map(&file, 0, 0, part_len(size), 0).unwrap();
+    View::new(Arc::new(region), 0, size).unwrap()
+}
+
+fn config(name: &str) -> ExportConfig {
+    ExportConfig {
         id: name.into(),
         writable: true,
         writethrough: false,
@@ -142,16 +153,58 @@ fn allocations(name: &str, node: Value, checked: bool) -> u64 {
         serial: String::new(),
         threads: 1,
         poll_max_ns: 32768,
-    };
-    let export = Export::new(&graph, &node, config).unwrap();
+        on_error: Default::default(),
+    }
+}
+
+fn allocations(name: &str, node: Value, checked: bool) -> u64 {
+    let graph = Graph::new();
+    let Value::Object(options) = node else { unreachable!() };
+    let node = graph.add(options).unwrap();
+    let export = Export::new(&graph, &node, config(name)).unwrap();
     let mut rng = Rng::new(7);
     // The indices wrap around during the warm-up, and once more later.
     let mut guest = Guest::new(65_000);
     export.set_features(FEATURES);
-    export.start_queue(0, guest.setup()).unwrap();
+    let mut setup = guest.setup();
+    // Tracking may cost nothing here either.
+    setup.inflight = Some(fresh_region(setup.size));
+    export.start_queue(0, setup).unwrap();
     serve(&mut guest, &mut rng, WARM_UP, checked);
     let count = counted(|| serve(&mut guest, &mut rng, REQUESTS, checked));
-    assert_eq!(export.stop_queue(0), Some(guest.avail()));
+    assert_eq!(export.stop_queue(0), Some(guest.avail().into()));
+    export.close();
+    count
+}
+
+/// The same of packed rings, with a guest on a socket: batches of reads and writes.
+fn packed_allocations(dir: &Path) -> u64 {
+    let graph = Graph::new();
+    let options = json!({ "driver": "null-co", "node-name": "n", "size": 1 << 20 });
+    let Value::Object(options) = options else { unreachable!() };
+    let node = graph.add(options).unwrap();
+    let export = Export::new(&graph, &node, config("packed")).unwrap();
+    let path = dir.join("s");
+    let listener = Endpoint::Listener(UnixListener::bind(&path).unwrap());
+    let server = Server::start(listener, export.clone(), "packed".into(), Box::new(|| ())).unwrap();
+    let options = Options { packed: true, queue_size: 50, ..Options::default() };
+    let mut client = Client::connect(&path, options).unwrap();
+    assert!(client.has_feature(34), "not packed");
+    let q = client.queue(0);
+    let mut run = |batches| {
+        for batch in 0..batches {
+            for i in 0..40 {
+                let write = q.write_request(i, &[1; 4096]).unwrap();
+                let request = if batch % 2 == 0 { write } else { q.read_request(i, 4096).unwrap() };
+                q.push(request).unwrap();
+            }
+            q.kick().unwrap();
+            assert!(q.wait_all().unwrap().iter().all(|done| done.status == Status::Ok));
+        }
+    };
+    run(500);
+    let count = counted(|| run(1000));
+    drop((client, server));
     export.close();
     count
 }
@@ -178,10 +231,11 @@ fn the_fast_lane_does_not_allocate() {
 
     let null = json!({ "driver": "null-co", "node-name": "n", "size": BLOCKS * u64::from(DATA) });
     assert_eq!(allocations("null", null, false), 0, "null-co");
+    let dir = directory();
+    assert_eq!(packed_allocations(dir.path()), 0, "packed");
     if let Err(e) = uring_available() {
         return not_tested(&format!("files, because io_uring does not work here: {e}"));
     }
-    let dir = directory();
     let path = dir.path().join("image");
     for direct in [false, true] {
         tagged_image(&path);

@@ -41,7 +41,8 @@ fn handshake(disk: &Disk, queues: u64) -> Frontend {
     assert!(offered.contains(wanted), "{offered:?}");
     front.set_protocol_features(wanted).unwrap();
     front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-    front.set_features(features).unwrap();
+    // All but packed rings, which the rings here are not.
+    front.set_features(features & !(1 << 34)).unwrap();
     front
 }
 

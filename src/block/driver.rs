@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::graph::{Graph, NodeId};
 use super::node::{Edge, InForce, Role};
 use super::perm::{ChildPermFn, Perms};
-use super::{Dir, IoFuture, Limits, Map, Op};
+use super::{Dir, Event, IoFuture, Limits, Map, Op};
 use crate::err;
 use crate::error::{Errno, Result};
 use crate::mem::Sg;
@@ -264,11 +264,27 @@ pub trait Driver: Send + Sync {
     /// generic layer does so.
     fn submit<'a>(&'a self, op: Op<'a>) -> IoFuture<'a>;
 
+    /// A parent is about to do this here: see [`super::event`]. Never blocks.
+    fn event(&self, event: Event) {
+        let _ = event;
+    }
+
     /// Sets the length of the node, both ways; what is added reads as zeroes. ENOTSUP where the length is given. It is as
     /// stable as a write: after the next flush. The caller has nothing in flight past the smaller of the two lengths.
     fn truncate(&self, len: u64) -> IoFuture<'_> {
         let _ = len;
         Box::pin(std::future::ready(Err(Errno::ENOTSUP)))
+    }
+
+    /// Whether the node's length is that of something which others may make longer: [`Driver::look_at_len`] has a point.
+    fn follows_medium(&self) -> bool {
+        false
+    }
+
+    /// Looks whether the medium has become longer without us; then so does the node. Beside requests, from any thread; one
+    /// system call. The medium's length in bytes, if it has become shorter: the node stays as it is.
+    fn look_at_len(&self) -> Option<u64> {
+        None
     }
 
     /// Makes the node reach to the end of `[offset, offset + len)`, with room on the medium for the range as far as that can

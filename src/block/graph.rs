@@ -5,6 +5,7 @@
 //! happens under the lock, because a node that goes away gives up its place and its links, which takes the lock.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -49,8 +50,8 @@ pub struct Graph {
 #[derive(Default)]
 struct State {
     slots: Slots,
-    /// The nodes that the user defined: they live until [`Graph::close`].
-    owned: Vec<Arc<Node>>,
+    /// The nodes that the user defined, with their definitions: they live until [`Graph::close`].
+    owned: Vec<(Arc<Node>, Options)>,
     nodes_ever: u64,
     links_ever: LinkId,
     names_ever: u64,
@@ -150,8 +151,8 @@ impl Graph {
         if !options.contains_key("node-name") {
             return Err(err!("'node-name' must be specified for the root node"));
         }
-        let node = self.open_on_own_stack(options)?;
-        self.lock().owned.push(node.clone());
+        let node = self.open_on_own_stack(options.clone())?;
+        self.lock().owned.push((node.clone(), options));
         Ok(node)
     }
 
@@ -240,6 +241,58 @@ impl Graph {
         while let Some(node) = owned.pop() {
             drop(node);
         }
+    }
+
+    /// The definitions by the user that `root` and what is below it are made of, in their order.
+    pub(super) fn definitions(&self, root: &Node) -> Vec<Options> {
+        let state = self.lock();
+        let below = reach(&state.slots, root.id());
+        let owned = state.owned.iter().filter(|(node, _)| below.contains(&node.id()));
+        owned.map(|(_, options)| options.clone()).collect()
+    }
+
+    /// `root` and all nodes below it, each after all of its parents.
+    pub(super) fn below(&self, root: &Node) -> Vec<Arc<Node>> {
+        let state = self.lock();
+        let mut slots: Vec<_> =
+            reach(&state.slots, root.id()).iter().filter_map(|id| state.slots.get(id)).collect();
+        slots.sort_by_key(|slot| std::cmp::Reverse(slot.height));
+        slots.into_iter().filter_map(|slot| slot.node.upgrade()).collect()
+    }
+
+    /// Whether nobody but `user` uses its node from outside, nor anything below it.
+    ///
+    /// # Errors
+    /// Somebody does.
+    pub(super) fn check_private(&self, user: &RootUser) -> Result<()> {
+        let state = self.lock();
+        let below = reach(&state.slots, user.node.id());
+        let slots = || below.iter().filter_map(|id| state.slots.get(id));
+        let mut links: BTreeSet<LinkId> =
+            slots().flat_map(|slot| slot.children.iter().map(|(_, link)| *link)).collect();
+        links.insert(user._link.id);
+        for slot in slots() {
+            if let Some(other) = slot.users.iter().find(|u| !links.contains(&u.link)) {
+                return Err(err!("Node '{}' is also in use by {}", slot.name, other.who));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the nodes of `ids` out of those that live until [`Graph::close`]; the caller drops them.
+    pub(super) fn forget(&self, ids: &BTreeSet<NodeId>) -> Vec<Arc<Node>> {
+        let mut state = self.lock();
+        let (gone, stay) =
+            std::mem::take(&mut state.owned).into_iter().partition(|(n, _)| ids.contains(&n.id()));
+        state.owned = stay;
+        let gone: Vec<(Arc<Node>, Options)> = gone;
+        gone.into_iter().map(|(node, _)| node).collect()
+    }
+
+    /// The name of a node of `ids` that still has its place.
+    pub(super) fn name_of_any(&self, ids: &BTreeSet<NodeId>) -> Option<String> {
+        let state = self.lock();
+        ids.iter().rev().find_map(|id| state.slots.get(id)).map(|slot| slot.name.clone())
     }
 
     /// All drivers, in the order in which they are asked what they recognise.
@@ -335,6 +388,19 @@ impl Graph {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The node `root` and all below it.
+fn reach(slots: &Slots, root: NodeId) -> BTreeSet<NodeId> {
+    let (mut seen, mut todo) = (BTreeSet::new(), vec![root]);
+    while let Some(id) = todo.pop() {
+        if seen.insert(id)
+            && let Some(slot) = slots.get(&id)
+        {
+            todo.extend(slot.children.iter().map(|(child, _)| *child));
+        }
+    }
+    seen
 }
 
 fn forget_user(slots: &mut Slots, child: NodeId, id: LinkId) {

@@ -11,7 +11,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::node::{DetectZeroes, LEN_MAX};
-use super::{Dir, IoFuture, Limits, Map, Node, Op, WriteFlags, ZeroFlags};
+use super::{Dir, Event, IoFuture, Limits, Map, Node, Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
 use crate::mem::{IoVec, Sg};
 use crate::rt::sync::{RangeGuard, RangeLock};
@@ -121,8 +121,12 @@ impl Node {
                 self.driver().submit(Op::Read { offset, to })
             }
             Op::Read { offset, to } => Box::pin(self.read_in_pieces(offset, to)),
-            Op::Write { offset, from, flags } => self.submit_write(offset, from, flags),
+            Op::Write { offset, from, flags } => {
+                self.event(Event::Pwritev);
+                self.submit_write(offset, from, flags)
+            }
             Op::WriteZeroes { offset, len, flags } => {
+                self.event(Event::PwritevZero);
                 Box::pin(self.write_zeroes(offset, len, flags))
             }
             Op::Discard { .. } if !self.in_force().discard_unmap => ready(Ok(())),

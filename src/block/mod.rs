@@ -26,12 +26,14 @@
 
 pub mod driver;
 pub mod drivers;
+pub mod event;
 pub mod graph;
 pub mod implicit;
 pub mod io;
 mod links;
 pub mod node;
 mod open;
+pub mod opener;
 pub mod perm;
 pub mod print;
 pub mod upkeep;
@@ -41,8 +43,10 @@ use std::future::Future;
 use std::pin::Pin;
 
 pub use driver::{Driver, DriverDef, DriverKind, OpenArgs, Recognises};
+pub use event::Event;
 pub use graph::{Graph, RootUser};
 pub use node::{Edge, InForce, Node, Role};
+pub use opener::Opener;
 
 use crate::error::Errno;
 use crate::mem::Sg;

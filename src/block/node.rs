@@ -8,7 +8,7 @@ use super::driver::FileId;
 use super::graph::{NodeId, Place};
 use super::io::IoState;
 use super::links::Link;
-use super::{Driver, DriverDef};
+use super::{Driver, DriverDef, Event};
 
 /// The unit of a disk's length: drivers may have odd lengths, guests see whole sectors.
 pub const SECTOR: u64 = 512;
@@ -165,6 +165,11 @@ impl Node {
         &self.io
     }
 
+    /// Tells the node that its parent is about to do something in it: see [`super::event`].
+    pub fn event(&self, event: Event) {
+        self.driver.event(event);
+    }
+
     /// The nearest node whose driver has an answer to `ask`: this one, or along its storage.
     fn along_storage<T>(&self, ask: impl Fn(&dyn Driver) -> Option<T>) -> Option<T> {
         let mut node = self;
@@ -173,7 +178,7 @@ impl Node {
                 return Some(answer);
             }
             let mut edges = node.driver().edges().iter();
-            node = &edges.find(|edge| edge.name == "file")?.node;
+            node = &edges.find(|e| e.name == "file" || e.role == Role::Filtered)?.node;
         }
     }
 

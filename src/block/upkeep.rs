@@ -41,10 +41,37 @@ struct State {
     dates: Vec<(Instant, Weak<dyn Tend>)>,
     thread: Option<JoinHandle<()>>,
     paused: bool,
+    /// Something is being tended to.
+    tending: bool,
+    /// The [`Hold`]s that there are.
+    holds: usize,
     ended: bool,
 }
 
+/// As long as it lives, nothing is tended to.
+pub struct Hold {
+    shared: Arc<Shared>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.shared.lock().holds -= 1;
+        self.shared.changed.notify_all();
+    }
+}
+
 impl Upkeep {
+    /// Waits until nothing is being tended to, and puts off what is due until the answer is dropped. Not to be called by
+    /// what is tended to.
+    pub fn hold(&self) -> Hold {
+        let mut state = self.shared.lock();
+        state.holds += 1;
+        while state.tending {
+            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        Hold { shared: Arc::clone(&self.shared) }
+    }
+
     /// Tends to `what` at `when`, or earlier if it is registered for an earlier date already: then once. Nothing happens if
     /// it is gone by then, after [`Upkeep::end`], or in a simulation, which has no threads.
     pub fn at(&self, when: Instant, what: Weak<dyn Tend>) {
@@ -61,7 +88,7 @@ impl Upkeep {
             None => state.dates.push((when, what)),
         }
         self.start(&mut state);
-        self.shared.changed.notify_one();
+        self.shared.changed.notify_all();
     }
 
     /// Starts the thread, if it is not there.
@@ -89,7 +116,7 @@ impl Upkeep {
             state.paused = true;
             state.thread.take()
         };
-        self.shared.changed.notify_one();
+        self.shared.changed.notify_all();
         join(thread);
     }
 
@@ -109,7 +136,7 @@ impl Upkeep {
             state.ended = true;
             (std::mem::take(&mut state.dates), state.thread.take())
         };
-        self.shared.changed.notify_one();
+        self.shared.changed.notify_all();
         drop(dates);
         join(thread);
     }
@@ -138,14 +165,21 @@ impl Shared {
     fn run(&self) {
         while let Some(what) = self.next() {
             // May be the last reference: what is dropped here may be a whole graph, and this its last act.
-            let Some(what) = what.upgrade() else { continue };
-            match rt::try_block_on(what.tend()) {
-                Ok(Ok(())) => {}
-                Ok(Err(e)) => log::error!("upkeep: {e}"),
-                Err(e) => {
-                    log::warn!("upkeep has to wait: {e}");
-                    self.lock().dates.push((Instant::now() + RETRY, Arc::downgrade(&what)));
-                }
+            if let Some(what) = what.upgrade() {
+                self.tend(&what);
+            }
+            self.lock().tending = false;
+            self.changed.notify_all();
+        }
+    }
+
+    fn tend(&self, what: &Arc<dyn Tend>) {
+        match rt::try_block_on(what.tend()) {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => log::error!("upkeep: {e}"),
+            Err(e) => {
+                log::warn!("upkeep has to wait: {e}");
+                self.lock().dates.push((Instant::now() + RETRY, Arc::downgrade(what)));
             }
         }
     }
@@ -162,7 +196,13 @@ impl Shared {
                 dates.min_by_key(|(_, (date, _))| *date).map(|(at, (date, _))| (at, *date));
             let now = Instant::now();
             state = match earliest {
-                Some((at, date)) if date <= now => return Some(state.dates.swap_remove(at).1),
+                _ if state.holds > 0 => {
+                    self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+                }
+                Some((at, date)) if date <= now => {
+                    state.tending = true;
+                    return Some(state.dates.swap_remove(at).1);
+                }
                 Some((_, date)) => {
                     let wait = self.changed.wait_timeout(state, date - now);
                     wait.unwrap_or_else(PoisonError::into_inner).0
@@ -287,6 +327,32 @@ mod tests {
         }
         drop(graph);
         assert_eq!(sleeps(), None, "it ends with the graph");
+    }
+
+    #[test]
+    fn a_hold_waits_and_puts_off() {
+        let graph = Graph::new();
+        let (go, may_go) = channel::<()>();
+        let may_go = Mutex::new(may_go);
+        let (slow, heard_slow) = garden(move || {
+            may_go.lock().unwrap().recv_timeout(LIMIT).expect("told to go on");
+            Ok(())
+        });
+        let (later, heard_later) = garden(|| Ok(()));
+        graph.upkeep().at(Instant::now(), weak(&slow));
+        heard_slow.recv_timeout(LIMIT).unwrap();
+        let upkeep = Arc::clone(graph.upkeep());
+        let holding = thread::spawn(move || upkeep.hold());
+        while graph.upkeep().shared.lock().holds == 0 {
+            thread::yield_now();
+        }
+        assert!(!holding.is_finished(), "something is being tended to");
+        go.send(()).unwrap();
+        let hold = holding.join().unwrap();
+        graph.upkeep().at(Instant::now(), weak(&later));
+        assert!(heard_later.recv_timeout(3 * SOON).is_err(), "it has to wait");
+        drop(hold);
+        heard_later.recv_timeout(LIMIT).unwrap();
     }
 
     #[test]

@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::dormant::Dormant;
 use super::listen::{self, Place};
 use super::objects::{Objects, POLL_MAX_NS_DEFAULT, check_not_negative, id_is_well_formed};
-use crate::block::{Graph, Node};
+use crate::block::{Graph, Node, Opener};
 use crate::err;
 use crate::error::Result;
-use crate::export::{Export, ExportConfig};
+use crate::export::{Export, ExportConfig, OnError, OnErrors};
 use crate::qapi::{Input, Options, schema};
 use crate::vhost_user::{Endpoint, Server};
 
@@ -121,6 +122,21 @@ impl Wanted {
         self.number(name).and_then(|n| u16::try_from(n).ok()).unwrap_or(default)
     }
 
+    /// The name of the node to export.
+    pub fn node(&self) -> &str {
+        self.text("node-name")
+    }
+
+    /// Whether the nodes are to be open only while rings run.
+    pub fn activates_by_itself(&self) -> bool {
+        self.text("activate") == "auto"
+    }
+
+    /// Whether the node may be inactive.
+    pub fn allows_inactive(&self) -> bool {
+        self.flag("allow-inactive")
+    }
+
     /// The configuration of the export, checked.
     fn config(&self, poll_max_ns: Option<u64>) -> Result<ExportConfig> {
         let block_size = self.number("logical-block-size").unwrap_or(512);
@@ -152,6 +168,8 @@ impl Wanted {
             None => cores,
         };
         check_not_negative(&self.options, &["poll-max-ns"])?;
+        // The schema has checked the words.
+        let on_error = |name, write| OnError::parse(self.text(name), write).unwrap_or_default();
         Ok(ExportConfig {
             id: self.text("id").to_string(),
             writable: self.flag("writable"),
@@ -162,6 +180,7 @@ impl Wanted {
             serial: serial.to_string(),
             threads: threads.min(usize::from(num_queues)),
             poll_max_ns: self.number("poll-max-ns").or(poll_max_ns).unwrap_or(POLL_MAX_NS_DEFAULT),
+            on_error: OnErrors { read: on_error("rerror", false), write: on_error("werror", true) },
         })
     }
 
@@ -195,12 +214,12 @@ impl Exports {
     /// In QEMU's words and order.
     pub fn add(
         &mut self,
-        graph: &Arc<Graph>,
+        (graph, dormant): (&Arc<Graph>, &Dormant),
         objects: &Objects,
         wanted: &Wanted,
         defaults: Defaults,
     ) -> Result<()> {
-        self.add_at(graph, objects, wanted, |wanted| wanted.endpoint(defaults))
+        self.add_at((graph, dormant), objects, wanted, |wanted| wanted.endpoint(defaults))
     }
 
     /// As [`Exports::add`], with the socket that `endpoint` makes.
@@ -209,7 +228,7 @@ impl Exports {
     /// In QEMU's words and order.
     pub fn add_at(
         &mut self,
-        graph: &Arc<Graph>,
+        (graph, dormant): (&Arc<Graph>, &Dormant),
         objects: &Objects,
         wanted: &Wanted,
         endpoint: impl FnOnce(&Wanted) -> Result<(Endpoint, Option<Place>)>,
@@ -221,10 +240,13 @@ impl Exports {
         if self.list.iter().any(|running| running.id == id) {
             return Err(err!("Block export id '{id}' is already in use"));
         }
-        let name = wanted.text("node-name");
-        let node = graph.find(name);
+        let name = wanted.node();
+        let asleep = dormant.find(name);
+        let node = asleep.as_ref().map(|asleep| Arc::clone(&asleep.probe));
+        let node = node.or_else(|| graph.find(name));
         let node = node.ok_or_else(|| err!("Cannot find device='' nor node-name='{name}'"))?;
-        if wanted.flag("writable") && node.read_only() {
+        let read_only = asleep.as_ref().map_or(node.read_only(), |asleep| asleep.read_only);
+        if wanted.flag("writable") && read_only {
             return Err(err!("Cannot export read-only node as writable"));
         }
         let poll_max_ns = match wanted.options.get("iothread").and_then(Value::as_str) {
@@ -235,10 +257,18 @@ impl Exports {
                     .ok_or_else(|| err!("iothread \"{thread}\" not found"))?,
             ),
         };
-        if wanted.flag("allow-inactive") {
-            return Err(err!("Export type does not support inactive exports"));
-        }
-        let export = Export::new(graph, &node, wanted.config(poll_max_ns)?)?;
+        let config = wanted.config(poll_max_ns)?;
+        let export = match asleep {
+            Some(asleep) => {
+                let opener = Opener::new(graph, asleep.definitions, name);
+                let auto = wanted.activates_by_itself();
+                if !auto {
+                    log::info!("export '{id}': inactive; only activate=auto would activate it");
+                }
+                Export::inactive(opener, &asleep.probe, config, auto)
+            }
+            None => Export::new(graph, &node, config)?,
+        };
         match endpoint(wanted) {
             Ok((endpoint, place)) => {
                 let endpoint = Some(endpoint);
@@ -289,10 +319,21 @@ impl Exports {
             let device = Arc::clone(&running.export);
             let server = Server::start(endpoint, device, running.id.clone(), on_finish)
                 .map_err(|e| err!("Cannot serve export '{}': {e}", running.id))?;
+            running.export.set_config_change(server.config_change());
             running.server = Some(server);
             log::info!("export '{}': ready", running.id);
         }
         Ok(())
+    }
+
+    /// Looks whether disks have become longer, and tells their guests.
+    pub fn look_at_sizes(&self) {
+        self.list.iter().for_each(|running| running.export.look_at_size());
+    }
+
+    /// Has all exports try again what failed and waits (`rerror=stop`, `werror=stop`).
+    pub fn resume(&self) {
+        self.list.iter().for_each(|running| running.export.resume());
     }
 
     /// Ends all connections, then all exports: requests in flight are finished and everything is flushed. The sockets

@@ -29,7 +29,7 @@ qemu-storage-daemon, processed in order; long options may have one dash or two.
   --blockdev [driver=]<driver>,node-name=<name>[,discard=ignore|unmap]
              [,cache.direct=on|off][,cache.no-flush=on|off]
              [,read-only=on|off][,auto-read-only=on|off]
-             [,force-share=on|off][,detect-zeroes=on|off|unmap]
+             [,force-share=on|off][,detect-zeroes=on|off|unmap][,active=on|off]
              [,<options of the driver>...]
   --blockdev '{"driver":"<driver>","node-name":"<name>",...}'
                          define a block node
@@ -47,6 +47,14 @@ qemu-storage-daemon, processed in order; long options may have one dash or two.
            [,threads=<n>]                  workers (one for each queue, at most one
                                            for each processor of the host)
            [,poll-max-ns=<n>]              longest busy wait, 0 = none (32768)
+           [,activate=start|auto]          auto: image open and locked only while the
+                                           guest uses it, for migration (start)
+           [,allow-inactive=on|off]        serve a node with active=off: unusable until
+                                           activated (off)
+           [,rerror=<policy>][,werror=<policy>]
+                                           when the storage fails: report (the default),
+                                           ignore, enospc (wait for space, else report),
+                                           stop (wait for SIGUSR1), auto (as QEMU)
            [,iothread=<id>][,fixed-iothread=on|off]
                                            take poll-max-ns from that object
                          offer a block node to a guest; `id` may be left out
@@ -87,4 +95,6 @@ More:
 
 SIGTERM, SIGINT and SIGHUP end the program: requests in flight are finished,
 everything is flushed, sockets and pidfile are removed, and the exit code is 0.
+SIGUSR1 offers raw images and devices that have become longer to their guests; while
+a guest runs that is noticed within a second, too.
 "#;

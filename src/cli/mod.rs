@@ -11,6 +11,7 @@
 
 pub mod check;
 pub mod daemon;
+mod dormant;
 pub mod exports;
 pub mod getopt;
 pub mod help;
@@ -34,8 +35,8 @@ use crate::error::{Error, Result};
 use crate::sandbox::{Config, privileges};
 use crate::sys::{self, Signals};
 
-/// The signals that end the program.
-const STOP_SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+/// The signals that are waited for: the first looks at the sizes of the disks, the others end the program.
+const SIGNALS: [i32; 4] = [libc::SIGUSR1, libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 
 /// Runs the program with `args`, the first of which is its name. Errors go to the standard error.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
@@ -79,7 +80,7 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
         log::warn!("cannot raise the limit of locked memory: {e}");
     }
     // Before the first thread: threads inherit the mask.
-    let signals = Signals::block(&STOP_SIGNALS).map_err(|e| err!("cannot block signals: {e}"))?;
+    let signals = Signals::block(&SIGNALS).map_err(|e| err!("cannot block signals: {e}"))?;
     let mut session = Session::new();
     let mut pidfile = None;
     let result = serve(&mut session, &mut pidfile, &settings, background, &signals);
@@ -97,13 +98,24 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
 /// socket, a pidfile without its lock) does not hinder the next start.
 fn end_at_once_if_told_again(signals: Signals) {
     let watch = move || {
-        if let Ok(signal) = signals.wait() {
+        if let Ok(signal) = wait_for_end(&signals, || {}) {
             log::error!("signal {signal} again: ending without finishing requests");
             sys::exit_now(1);
         }
     };
     if let Err(e) = std::thread::Builder::new().name("signals".into()).spawn(watch) {
         log::warn!("a second signal will not be heard: {e}");
+    }
+}
+
+/// Waits for a signal that ends the program; `resize` is called for each of the other.
+fn wait_for_end(signals: &Signals, resize: impl Fn()) -> io::Result<u32> {
+    loop {
+        let signal = signals.wait()?;
+        if i32::try_from(signal) != Ok(libc::SIGUSR1) {
+            return Ok(signal);
+        }
+        resize();
     }
 }
 
@@ -141,7 +153,8 @@ fn serve(
         background.ready().map_err(|e| err!("cannot go to the background: {e}"))?;
     }
     manager.notify("READY=1");
-    let signal = signals.wait().map_err(|e| err!("cannot wait for signals: {e}"))?;
+    let signal = wait_for_end(signals, || session.look_at_storage())
+        .map_err(|e| err!("cannot wait for signals: {e}"))?;
     log::info!("signal {signal}: stopping");
     manager.notify("STOPPING=1");
     Ok(ExitCode::SUCCESS)

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use super::dormant::Dormant;
 use super::exports::{Exports, Wanted};
 use super::getopt::{Item, Opt};
 use super::listen;
@@ -29,6 +30,8 @@ pub struct Session {
     graph: Arc<Graph>,
     objects: Objects,
     exports: Exports,
+    /// Nodes of exports that begin inactive, as long as the command line is processed.
+    dormant: Dormant,
 }
 
 /// What comes after the command line.
@@ -43,7 +46,12 @@ pub enum Next {
 impl Session {
     /// With no nodes, objects and exports.
     pub fn new() -> Self {
-        Session { graph: Graph::new(), objects: Objects::default(), exports: Exports::default() }
+        Session {
+            graph: Graph::new(),
+            objects: Objects::default(),
+            exports: Exports::default(),
+            dormant: Dormant::default(),
+        }
     }
 
     /// Processes all options. What was made before an error stays until [`Session::close`].
@@ -53,6 +61,11 @@ impl Session {
     pub fn process(&mut self, settings: &Settings) -> Result<Next> {
         let strict = settings.items.iter().any(|item| item.opt == Some(Opt::StrictFormats));
         self.graph.set_strict_formats(strict);
+        // A graph that is only looked at is open.
+        if settings.print_graph.is_none() {
+            self.dormant = Dormant::plan(settings)?;
+        }
+        self.dormant.set_strict_formats(strict);
         for item in &settings.items {
             let next = self.option(item, settings);
             if let Next::Print(text) = next.map_err(|e| e.prepend(format!("{}: ", item.text)))? {
@@ -69,6 +82,8 @@ impl Session {
         if let Some(item) = settings.socket_path.as_ref().or(settings.fd.as_ref()) {
             self.convention(item, settings).map_err(|e| e.prepend(format!("{}: ", item.text)))?;
         }
+        // What the nodes look like is known; nothing of them stays open.
+        self.dormant = Dormant::default();
         Ok(Next::Serve)
     }
 
@@ -81,7 +96,8 @@ impl Session {
                 let wanted = Wanted::parse(text, settings.exports)?;
                 // A graph that is only looked at is not served.
                 if settings.print_graph.is_none() {
-                    self.exports.add(&self.graph, &self.objects, &wanted, settings.exports)?;
+                    let nodes = (&self.graph, &self.dormant);
+                    self.exports.add(nodes, &self.objects, &wanted, settings.exports)?;
                 }
             }
             Some(Opt::Object) => {
@@ -103,6 +119,9 @@ impl Session {
         let options = input.visit_blockdev()?;
         if !options.contains_key("node-name") {
             return Err(err!("'node-name' must be specified for the root node"));
+        }
+        if self.dormant.takes(&options) {
+            return self.dormant.add(&self.graph, options);
         }
         self.graph.add(options).map(drop)
     }
@@ -129,7 +148,8 @@ impl Session {
         let node = self.node_to_export(settings)?;
         let wanted = Wanted::convention(&node, settings.read_only);
         let mode = settings.exports.socket_mode;
-        self.exports.add_at(&self.graph, &self.objects, &wanted, |_| match item.opt {
+        let nodes = (&self.graph, &self.dormant);
+        self.exports.add_at(nodes, &self.objects, &wanted, |_| match item.opt {
             Some(Opt::Fd) => Ok((listen::inherited_endpoint(item.argument())?, None)),
             _ => listen::at_path(item.argument(), mode)
                 .map(|(listener, place)| (Endpoint::Listener(listener), Some(place))),
@@ -198,6 +218,13 @@ impl Session {
     /// If there are no threads or descriptors left.
     pub fn serve(&mut self) -> Result<()> {
         self.exports.serve()
+    }
+
+    /// What SIGUSR1 means, somebody has seen to the storage: media that have become longer are offered to the guests, and
+    /// requests that failed and wait are tried again.
+    pub fn look_at_storage(&self) {
+        self.exports.look_at_sizes();
+        self.exports.resume();
     }
 
     /// Ends everything in order: connections, exports, nodes, and then the sockets' names.

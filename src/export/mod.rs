@@ -7,37 +7,41 @@
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 
 use crate::block::graph::RootUser;
-use crate::block::perm::{Perm, Perms};
-use crate::block::{Graph, Node, Op};
-use crate::err;
+use crate::block::{Graph, Node, Op, Opener};
 use crate::error::{Errno, Result};
-use crate::mem::GuestMap;
+use crate::mem::{GuestMap, RingLog};
 use crate::rt::{self, Inbox, Mail};
 use crate::sandbox::{self, Thread};
 use crate::vhost_user::{Device, QueueSetup};
 use crate::virtio::blk::{CONFIG_LEN, CONFIG_WCE, Geometry, SECTOR};
 use crate::virtio::feature;
-use crate::virtio::ring::{Ring, RingAddrs};
+use crate::virtio::inflight::{Tracker, View};
+use crate::virtio::queue::{RingAddrs, Virtqueue};
+use crate::virtio::ring::Ring;
 
+mod active;
+mod policy;
 mod queue;
 mod request;
+mod resize;
 mod worker;
 
+use active::Activation;
+use policy::Reports;
+pub use policy::{OnError, OnErrors};
 use queue::Queue;
 use request::Doing;
 use worker::Command;
 
 /// How often a drain that takes long is reported.
 const DRAIN_REPORT: Duration = Duration::from_secs(5);
-/// Failed requests are reported at most this often.
-const FAILURE_REPORT: Duration = Duration::from_secs(1);
 
 /// What the user chose for an export.
 #[derive(Clone, Debug)]
@@ -60,17 +64,21 @@ pub struct ExportConfig {
     pub threads: usize,
     /// The longest busy wait for the guest, in nanoseconds; 0 = never.
     pub poll_max_ns: u64,
+    /// What becomes of requests that fail (`rerror`, `werror`).
+    pub on_error: OnErrors,
 }
 
 /// What the workers share.
 struct Shared {
     id: String,
-    root: Arc<Node>,
+    /// The root's node-name.
+    node: String,
     geometry: Geometry,
     serial: String,
     sectors: AtomicU64,
     writeback: AtomicBool,
-    reported: Mutex<Option<Instant>>,
+    on_error: OnErrors,
+    reports: Mutex<Reports>,
 }
 
 impl Shared {
@@ -82,34 +90,49 @@ impl Shared {
         self.writeback.load(Ordering::Relaxed)
     }
 
-    /// Logs a failed request, not more than one a second.
+    /// Logs a failed request, once: see [`Reports`].
     fn report(&self, doing: &Doing, e: Errno) {
-        if self.may_report() {
-            let Doing { what, offset, len, .. } = doing;
-            let node = self.root.name();
-            log::error!(
-                "export '{}': node '{node}': {what} of {len} bytes at {offset}: {e}",
-                self.id
-            );
+        if let Some(more) = self.may_report(doing.what, e) {
+            log::error!("{}{}", self.describe(doing, e), left_out(more));
         }
+    }
+
+    /// Logs that a queue waits because a request failed.
+    fn report_stop(&self, queue: u16, doing: &Doing, e: Errno) {
+        if let Some(more) = self.may_report("stop", e) {
+            let failed = self.describe(doing, e);
+            log::error!("{failed}: queue {queue} waits for it to work{}", left_out(more));
+        }
+    }
+
+    /// Logs that it takes requests again.
+    fn report_resume(&self, queue: u16) {
+        if let Some(more) = self.may_report("resume", Errno(0)) {
+            log::warn!("export '{}': queue {queue} goes on{}", self.id, left_out(more));
+        }
+    }
+
+    fn describe(&self, Doing { what, offset, len, .. }: &Doing, e: Errno) -> String {
+        let (id, node) = (&self.id, &self.node);
+        format!("export '{id}': node '{node}': {what} of {len} bytes at {offset}: {e}")
     }
 
     /// Logs a request that is none, likewise: a guest must not be able to fill a disk with our log.
     fn report_malformed(&self, queue: u16, why: &str) {
-        if self.may_report() {
-            log::warn!("export '{}': queue {queue}: malformed request: {why}", self.id);
+        if let Some(more) = self.may_report("malformed", Errno(0)) {
+            let more = left_out(more);
+            log::warn!("export '{}': queue {queue}: malformed request: {why}{more}", self.id);
         }
     }
 
-    fn may_report(&self) -> bool {
-        let now = Instant::now();
-        let mut last = lock(&self.reported);
-        let may = last.is_none_or(|t| now - t >= FAILURE_REPORT);
-        if may {
-            *last = Some(now);
-        }
-        may
+    fn may_report(&self, what: &'static str, e: Errno) -> Option<u64> {
+        lock(&self.reports).may(Instant::now(), what, e)
     }
+}
+
+/// Behind a report: how many were left out before it.
+fn left_out(more: u64) -> String {
+    if more == 0 { String::new() } else { format!(" (and {more} more since the last report)") }
 }
 
 struct Worker {
@@ -124,15 +147,20 @@ struct State {
     /// A queue has run since the last flush of a stopped device.
     unflushed: bool,
     features: u64,
+    /// The use of the root; none while the export is inactive.
     user: Option<RootUser>,
+    closed: bool,
 }
 
 /// A root node, its device configuration and its workers.
 pub struct Export {
     shared: Arc<Shared>,
     poll_max_ns: u64,
-    graph: Arc<Graph>,
+    activation: Activation,
     state: Mutex<State>,
+    me: Weak<Export>,
+    /// The length in bytes of a medium that has become shorter, as reported; `u64::MAX`: none.
+    shrunk: AtomicU64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -145,14 +173,23 @@ impl Export {
     /// # Errors
     /// In QEMU's words.
     pub fn new(graph: &Arc<Graph>, node: &Arc<Node>, config: ExportConfig) -> Result<Arc<Export>> {
-        if config.writable && node.read_only() {
-            return Err(err!("Cannot export read-only node as writable"));
-        }
-        let mut used = Perm::CONSISTENT_READ;
-        used.set(Perm::WRITE, config.writable);
-        let perms = Perms { used, shared: Perm::all() };
-        let user = graph.attach_root(node, "an unnamed block device", perms)?;
-        node.expect_ragged_writes(config.logical_block_size);
+        let user = active::attach(graph, node, config.writable, config.logical_block_size)?;
+        let activation = Activation::new(Opener::of(graph, node), false);
+        Ok(Export::make(node, config, activation, Some(user)))
+    }
+
+    /// An export whose nodes are closed until [`Export::activate`]; with `auto`, they are open only while rings run. `probe` is
+    /// the root as it is now, opened by somebody else: what the device looks like until then.
+    pub fn inactive(opener: Opener, probe: &Node, config: ExportConfig, auto: bool) -> Arc<Export> {
+        Export::make(probe, config, Activation::new(opener, auto), None)
+    }
+
+    fn make(
+        node: &Node,
+        config: ExportConfig,
+        activation: Activation,
+        user: Option<RootUser>,
+    ) -> Arc<Export> {
         let geometry = Geometry {
             read_only: !config.writable,
             logical_block: config.logical_block_size,
@@ -162,23 +199,30 @@ impl Export {
         };
         let shared = Arc::new(Shared {
             id: config.id,
-            root: Arc::clone(node),
+            node: node.name().to_owned(),
             geometry,
             serial: config.serial,
             sectors: AtomicU64::new(node.len() / SECTOR),
             writeback: AtomicBool::new(!config.writethrough),
-            reported: Mutex::new(None),
+            on_error: config.on_error,
+            reports: Mutex::default(),
         });
         let threads = config.threads.clamp(1, usize::from(config.num_queues));
         let state = State {
             workers: (0..threads).map(|_| None).collect(),
             running: vec![false; config.num_queues.into()],
-            unflushed: false,
-            features: 0,
-            user: Some(user),
+            user,
+            ..State::default()
         };
-        let (graph, state) = (Arc::clone(graph), Mutex::new(state));
-        Ok(Arc::new(Export { shared, poll_max_ns: config.poll_max_ns, graph, state }))
+        let (poll_max_ns, state) = (config.poll_max_ns, Mutex::new(state));
+        Arc::new_cyclic(|me| Export {
+            shared,
+            poll_max_ns,
+            activation,
+            state,
+            me: me.clone(),
+            shrunk: AtomicU64::new(u64::MAX),
+        })
     }
 
     /// Its id.
@@ -189,7 +233,7 @@ impl Export {
     /// Stops all queues (drained), ends the workers, flushes the root node and gives up the permissions on it.
     /// Whether everything that was written is stable. Closing again does nothing.
     pub fn close(&self) -> bool {
-        if lock(&self.state).user.is_none() {
+        if std::mem::replace(&mut lock(&self.state).closed, true) {
             return true;
         }
         let count = lock(&self.state).running.len();
@@ -206,20 +250,28 @@ impl Export {
         }
         let flushed = self.flush_stopped();
         let user = lock(&self.state).user.take();
-        if let Some(user) = user {
-            self.graph.detach(user);
-        }
+        drop(user);
         flushed
+    }
+
+    /// Tries again the requests that failed and wait (`rerror=stop`, `werror=stop`): somebody has seen to the storage.
+    pub fn resume(&self) {
+        for inbox in self.inboxes() {
+            self.send(&inbox, Command::Resume, "resume");
+        }
+    }
+
+    fn inboxes(&self) -> Vec<Arc<Inbox>> {
+        lock(&self.state).workers.iter().flatten().map(|w| Arc::clone(&w.inbox)).collect()
     }
 
     /// Makes everything stable that was written. Whether that worked; a failure is logged.
     fn flush(&self) -> bool {
-        if self.shared.geometry.read_only {
-            return true;
-        }
+        // Nothing is left to flush when it becomes inactive.
+        let root = self.root().filter(|_| !self.shared.geometry.read_only);
+        let Some(root) = root else { return true };
         // No descriptors left is an error like any other here.
-        let flushed =
-            rt::try_block_on(self.shared.root.submit(Op::Flush)).and_then(|result| result);
+        let flushed = rt::try_block_on(root.submit(Op::Flush)).and_then(|result| result);
         if let Err(e) = flushed {
             log::error!("export '{}': flush: {e}", self.id());
         }
@@ -233,8 +285,8 @@ impl Export {
         flushed
     }
 
-    /// Stops a queue (drained). Its next available index, if it was running.
-    fn halt_queue(&self, index: u16) -> Option<u16> {
+    /// Stops a queue (drained). Where its ring would go on, if it was running.
+    fn halt_queue(&self, index: u16) -> Option<u32> {
         let running = lock(&self.state).running.get(usize::from(index)).copied()?;
         let next =
             if running { self.command(index, |answer| Command::Stop(index, answer)) } else { None };
@@ -255,7 +307,7 @@ impl Export {
 
     fn spawn_worker(&self, at: usize) -> std::result::Result<Worker, Errno> {
         let (ready, wait) = sync_channel(1);
-        let (poll_max_ns, grace) = (self.poll_max_ns, Arc::clone(self.graph.grace()));
+        let (poll_max_ns, grace) = (self.poll_max_ns, Arc::clone(self.activation.graph().grace()));
         let thread = std::thread::Builder::new().name(format!("blk-{}-{at}", self.id())).spawn(
             move || {
                 sandbox::thread(Thread::Worker);
@@ -292,6 +344,30 @@ impl Export {
                 }
             }
         }
+    }
+}
+
+impl Export {
+    /// Goes on where a predecessor left `ring`, if there was one.
+    fn track(
+        &self,
+        index: u16,
+        view: View,
+        ring: &mut Ring,
+    ) -> std::result::Result<Tracker, Errno> {
+        let started = Tracker::start(view, ring.used_idx());
+        let (tracker, next) = started.map_err(|why| {
+            log::warn!("export '{}': queue {index}: the in-flight region: {why}", self.id());
+            Errno::EINVAL
+        })?;
+        if let Some(next) = next {
+            if tracker.waiting() > 0 {
+                let n = tracker.waiting();
+                log::info!("export '{}': queue {index}: {n} requests are resubmitted", self.id());
+            }
+            ring.set_next_avail(next);
+        }
+        Ok(tracker)
     }
 }
 
@@ -342,7 +418,19 @@ impl Device for Export {
             return Err(Errno::EINVAL);
         }
         let addrs = RingAddrs { desc: setup.desc, avail: setup.avail, used: setup.used };
-        let ring = Ring::new(setup.map, addrs, setup.size, setup.base, setup.features)?;
+        let mut ring = Virtqueue::new(setup.map, addrs, setup.size, setup.base, setup.features)?;
+        ring.set_log(setup.log);
+        let tracker = match (&mut ring, setup.inflight) {
+            (Virtqueue::Split(ring), Some(view)) => Some(self.track(index, view, ring)?),
+            (Virtqueue::Packed(_), Some(_)) => {
+                log::warn!(
+                    "export '{}': queue {index}: requests in flight of packed rings are not tracked yet",
+                    self.id()
+                );
+                None
+            }
+            (_, None) => None,
+        };
         let write_through = setup.features & feature(VIRTIO_BLK_F_FLUSH) == 0;
         if write_through && index == 0 && !self.shared.geometry.read_only {
             log::info!(
@@ -351,16 +439,19 @@ impl Device for Export {
             );
         }
         let fds = [setup.kick, setup.call, setup.err];
-        let queue = Box::new(Queue::new(index, Arc::clone(&self.shared), ring, fds, write_through));
+        let disk = (Arc::clone(&self.shared), self.root_to_run()?);
+        let queue = Box::new(Queue::new(index, disk, ring, tracker, fds, write_through));
         let inbox = self.worker(index, true)?.ok_or(Errno::EIO)?;
         self.send(&inbox, |done| Command::Start(queue, done), "start");
         let mut state = lock(&self.state);
         state.running[usize::from(index)] = true;
         state.unflushed = true;
+        drop(state);
+        self.watch_size();
         Ok(())
     }
 
-    fn stop_queue(&self, index: u16) -> Option<u16> {
+    fn stop_queue(&self, index: u16) -> Option<u32> {
         let next = self.halt_queue(index);
         // The guest has reset its driver, moves to another host, or is gone: what it has not flushed may stay unflushed
         // for ever.
@@ -378,10 +469,12 @@ impl Device for Export {
         self.command(index, |done| Command::SetErr(index, err, done));
     }
 
+    fn set_log(&self, index: u16, log: Option<RingLog>) {
+        self.command(index, |done| Command::SetLog(index, log, done));
+    }
+
     fn set_memory(&self, map: Arc<GuestMap>, drain: bool) {
-        let inboxes: Vec<Arc<Inbox>> =
-            lock(&self.state).workers.iter().flatten().map(|w| Arc::clone(&w.inbox)).collect();
-        for inbox in inboxes {
+        for inbox in self.inboxes() {
             let map = Arc::clone(&map);
             self.send(&inbox, |done| Command::SetMemory(map, drain, done), "memory change");
         }
@@ -391,6 +484,11 @@ impl Device for Export {
         // `writeback` stays as the driver set it: a guest that comes back (or reads the configuration anew) sees what is true.
         self.set_features(0);
         self.flush_stopped();
+        self.no_ring_runs();
+    }
+
+    fn no_ring_runs(&self) {
+        self.deactivate_if_auto();
     }
 }
 

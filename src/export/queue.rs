@@ -7,15 +7,18 @@ use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
 use super::Shared;
+use super::policy::Verdict;
 use super::request::{Action, Disk, Slot, Slow, Transfer, bytes};
 use crate::block::io::aligned_for;
-use crate::block::{Dir, Map};
+use crate::block::{Dir, Map, Node};
 use crate::error::Errno;
-use crate::mem::{GuestMap, Sg};
+use crate::mem::{GuestMap, RingLog, Sg};
 use crate::rt::grace::Participant;
 use crate::rt::{IOV_MAX, Reactor, Rw};
 use crate::virtio::blk::Status;
-use crate::virtio::ring::{Broken, Ring};
+use crate::virtio::inflight::Tracker;
+use crate::virtio::queue::Virtqueue;
+use crate::virtio::ring::Broken;
 
 /// The longest read of zeroes that is served on the spot, in bytes; longer ones take turns with others.
 const ZERO_MAX: u64 = 256 << 10;
@@ -23,10 +26,12 @@ const ZERO_MAX: u64 = 256 << 10;
 /// Whether a queue takes requests.
 enum State {
     Running,
+    /// A request failed and is kept: nothing more is taken until it has been carried out.
+    Held,
     /// The guest's lie was found; what is in flight completes, nothing more is taken.
     Broken,
-    /// Waiting for what is in flight; then the next available index is sent.
-    Stopping(SyncSender<u16>),
+    /// Waiting for what is in flight; then where the ring would go on is sent.
+    Stopping(SyncSender<u32>),
 }
 
 /// Everything about one running queue. Owned by its worker.
@@ -34,10 +39,20 @@ pub struct Queue {
     /// Its index in the device.
     pub index: u16,
     shared: Arc<Shared>,
-    ring: Ring,
+    /// The disk, as long as the queue runs.
+    root: Arc<Node>,
+    ring: Virtqueue,
+    /// Tells our successor what is in flight.
+    tracker: Option<Tracker>,
     slots: Box<[Slot]>,
     in_flight: u32,
     state: State,
+    /// Requests that failed and are to be tried again.
+    kept: Vec<(u16, Slow)>,
+    /// Those, and those that are being tried again.
+    held: u32,
+    /// One of them will be tried again without being told to.
+    retry: bool,
     kick: Option<OwnedFd>,
     call: Option<File>,
     err: Option<File>,
@@ -51,6 +66,8 @@ pub struct Queue {
 pub enum Started {
     /// In the kernel, or done.
     Fast,
+    /// No more chains, after all.
+    Nothing,
     /// To be carried out by a task.
     Slow(u16, Slow),
 }
@@ -59,8 +76,9 @@ impl Queue {
     /// A queue on `ring`, not yet looked at.
     pub fn new(
         index: u16,
-        shared: Arc<Shared>,
-        ring: Ring,
+        (shared, root): (Arc<Shared>, Arc<Node>),
+        ring: Virtqueue,
+        tracker: Option<Tracker>,
         fds: [Option<OwnedFd>; 3],
         write_through: bool,
     ) -> Queue {
@@ -69,10 +87,15 @@ impl Queue {
         Queue {
             index,
             shared,
+            root,
             ring,
+            tracker,
             slots,
             in_flight: 0,
             state: State::Running,
+            kept: Vec::new(),
+            held: 0,
+            retry: false,
             kick,
             call: call.map(notifier),
             err: err.map(notifier),
@@ -97,6 +120,11 @@ impl Queue {
         self.err = err.map(notifier);
     }
 
+    /// Logs writes to the guest's memory there from now on, and nowhere else.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        self.ring.set_log(log);
+    }
+
     /// Whether nothing of the guest's memory is in use.
     pub fn is_idle(&self) -> bool {
         self.in_flight == 0
@@ -105,16 +133,23 @@ impl Queue {
     /// Whether the guest has made requests available that will be taken.
     #[inline]
     pub fn has_avail(&self) -> bool {
-        matches!(self.state, State::Running) && self.ring.has_avail()
+        self.waiting() != 0 || (matches!(self.state, State::Running) && self.ring.has_avail())
+    }
+
+    /// The number of heads to resubmit; they come before all others, also if the queue is being stopped.
+    #[inline]
+    fn waiting(&self) -> u16 {
+        self.tracker.as_ref().map_or(0, Tracker::waiting)
     }
 
     /// The number of chains to take now, at most `room`.
     #[inline]
     pub fn available(&mut self, room: usize) -> u16 {
-        if !matches!(self.state, State::Running) {
-            return 0;
-        }
-        match self.ring.available() {
+        let available = match (self.waiting(), &self.state) {
+            (0, State::Running) => self.ring.available(),
+            (waiting, _) => Ok(waiting),
+        };
+        match available {
             Ok(n) => n.min(u16::try_from(room).unwrap_or(u16::MAX)),
             Err(broken) => {
                 self.break_ring(broken.0);
@@ -137,7 +172,14 @@ impl Queue {
 
     #[inline]
     fn try_take(&mut self, reactor: &mut Reactor, grace: &Participant) -> Result<Started, Broken> {
-        let head = self.ring.pop()?;
+        let again = self.tracker.as_mut().and_then(Tracker::resubmit);
+        let head = match again {
+            Some(head) => head,
+            None => match self.ring.pop()? {
+                Some(head) => head,
+                None => return Ok(Started::Nothing),
+            },
+        };
         let slot = &mut self.slots[usize::from(head)];
         if slot.busy {
             return Err(Broken("a descriptor chain that is in use already"));
@@ -153,6 +195,11 @@ impl Queue {
         let action = slot.parse(&disk).map_err(Broken)?;
         slot.busy = true;
         self.in_flight += 1;
+        if again.is_none()
+            && let Some(tracker) = &mut self.tracker
+        {
+            tracker.taken(head);
+        }
         if let Some(why) = slot.chain.bad {
             shared.report_malformed(self.index, why);
         }
@@ -184,7 +231,7 @@ impl Queue {
         let Ok(expected) = i32::try_from(len) else { return false };
         let dir = if write { Dir::Write } else { Dir::Read };
         let entry = grace.enter();
-        let located = self.shared.root.locate(dir, offset, len);
+        let located = self.root.locate(dir, offset, len);
         let stable = write && (self.write_through || !self.shared.writeback()) && !located.no_flush;
         let done = match located.map {
             // The tables that lead there must become stable, too.
@@ -222,7 +269,7 @@ impl Queue {
         };
         slot.doing = action.describe(bytes(&iov));
         Slow {
-            root: Arc::clone(&self.shared.root),
+            root: Arc::clone(&self.root),
             map: Arc::clone(self.ring.map()),
             iov,
             action,
@@ -248,33 +295,106 @@ impl Queue {
         Some(self.slow(head, Action::Transfer { write, offset }))
     }
 
-    /// The slow lane's answer.
-    pub fn slow_done(&mut self, head: u16, result: Result<(), Errno>) {
+    /// The slow lane's answer to `slow`.
+    pub fn slow_done(&mut self, head: u16, slow: Slow, result: Result<(), Errno>) {
         let doing = self.slots[usize::from(head)].doing;
         let status = match result {
             Ok(()) => Status::Ok,
             Err(Errno::ENOTSUP) if doing.optional => Status::Unsupp,
             Err(e) => {
+                let verdict = self.shared.on_error.verdict(&doing, e);
+                if verdict == Verdict::Stop && matches!(self.state, State::Running | State::Held) {
+                    return self.keep(head, slow, e);
+                }
                 self.shared.report(&doing, e);
-                Status::IoErr
+                if verdict == Verdict::Ignore { Status::Ok } else { Status::IoErr }
             }
         };
         self.finish(head, status);
+        self.let_go(head);
+    }
+
+    /// Keeps a request that failed.
+    fn keep(&mut self, head: u16, slow: Slow, e: Errno) {
+        let slot = &mut self.slots[usize::from(head)];
+        self.held += u32::from(!std::mem::replace(&mut slot.held, true));
+        if matches!(self.state, State::Running) {
+            self.state = State::Held;
+            self.shared.report_stop(self.index, &slot.doing, e);
+        }
+        self.retry |= e == Errno::ENOSPC;
+        self.kept.push((head, slow));
+    }
+
+    /// A request that may have been held has been answered.
+    fn let_go(&mut self, head: u16) {
+        if !std::mem::take(&mut self.slots[usize::from(head)].held) {
+            return;
+        }
+        self.held -= 1;
+        if self.held == 0 && matches!(self.state, State::Held) {
+            self.state = State::Running;
+            self.shared.report_resume(self.index);
+        }
+    }
+
+    /// Whether something is kept that is worth another try soon.
+    pub fn wants_retry(&self) -> bool {
+        self.retry
+    }
+
+    /// What is to be tried again now.
+    pub fn retry(&mut self) -> Vec<(u16, Slow)> {
+        self.retry = false;
+        std::mem::take(&mut self.kept)
+    }
+
+    /// Nobody waits for better days any more: what is kept has failed.
+    pub fn give_up(&mut self) {
+        for (head, _) in self.retry() {
+            let doing = self.slots[usize::from(head)].doing;
+            log::error!(
+                "export '{}': queue {}: {} of {} bytes at {}: given up",
+                self.shared.id,
+                self.index,
+                doing.what,
+                doing.len,
+                doing.offset
+            );
+            self.finish(head, Status::IoErr);
+            self.let_go(head);
+        }
     }
 
     #[inline]
     fn finish(&mut self, head: u16, status: Status) {
         let slot = &mut self.slots[usize::from(head)];
         slot.answer(status);
+        self.ring.log_written(slot.data(false));
+        self.ring.log_written(slot.status());
         slot.busy = false;
         self.in_flight -= 1;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.done(head);
+        }
         self.ring.push_used(head, slot.used_len);
     }
 
     /// Shows the guest what is done, and notifies it if it wants that.
     #[inline]
     pub fn publish(&mut self) {
-        if self.ring.publish(self.in_flight == 0) {
+        let notify = self.ring.publish(self.in_flight == 0);
+        if let (Some(tracker), Virtqueue::Split(ring)) = (&mut self.tracker, &self.ring) {
+            tracker.published(ring.used_idx());
+        }
+        if notify {
+            self.notify();
+        }
+    }
+
+    /// At the start: a predecessor may have been killed between showing the guest what is done and notifying it.
+    pub fn notify_recovered(&self) {
+        if self.tracker.as_ref().is_some_and(Tracker::recovered) {
             self.notify();
         }
     }
@@ -315,21 +435,25 @@ impl Queue {
     fn break_ring(&mut self, why: &str) {
         log::warn!("export '{}': queue {} is broken: {why}", self.shared.id, self.index);
         self.state = State::Broken;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.give_up();
+        }
         if let Some(err) = &self.err {
             signal(err);
         }
     }
 
-    /// Takes no more; once nothing is in flight, `answer` gets the next available index.
-    pub fn stop(&mut self, answer: SyncSender<u16>) {
+    /// Takes no more; once nothing is in flight, `answer` gets the ring's base.
+    pub fn stop(&mut self, answer: SyncSender<u32>) {
+        self.give_up();
         self.state = State::Stopping(answer);
     }
 
-    /// If the queue is being stopped and nothing is in flight: who waits, and the next available index.
-    pub fn stopped(&self) -> Option<(&SyncSender<u16>, u16)> {
+    /// If the queue is being stopped and nothing is in flight: who waits, and the ring's base.
+    pub fn stopped(&self) -> Option<(&SyncSender<u32>, u32)> {
         match &self.state {
-            State::Stopping(answer) if self.in_flight == 0 => {
-                Some((answer, self.ring.next_avail()))
+            State::Stopping(answer) if self.in_flight == 0 && self.waiting() == 0 => {
+                Some((answer, self.ring.base()))
             }
             _ => None,
         }

@@ -55,6 +55,8 @@ pub struct Doing {
     pub offset: u64,
     /// Length in bytes.
     pub len: u64,
+    /// It is a read.
+    pub reads: bool,
     /// A device that cannot do it says so (VIRTIO_BLK_S_UNSUPP) rather than failing.
     pub optional: bool,
 }
@@ -65,12 +67,13 @@ impl Action {
         match self {
             Action::Transfer { write, offset } => {
                 let what = if *write { "write" } else { "read" };
-                Doing { what, offset: *offset, len, optional: false }
+                Doing { what, offset: *offset, len, reads: !write, optional: false }
             }
             Action::Ranges { zero, segments } => Doing {
                 what: if *zero { "write zeroes" } else { "discard" },
                 offset: segments.first().map_or(0, |s| s.sector * SECTOR),
                 len: segments.iter().map(|s| u64::from(s.sectors) * SECTOR).sum(),
+                reads: false,
                 optional: true,
             },
             Action::Flush | Action::Finished(_) => Doing { what: "flush", ..Doing::default() },
@@ -106,6 +109,8 @@ pub struct Slot {
     pub used_len: u32,
     /// What the slow lane is doing for it.
     pub doing: Doing,
+    /// It failed, and is kept or being tried again.
+    pub held: bool,
     /// The transfer in the kernel.
     pub transfer: Option<Transfer>,
 }
@@ -259,6 +264,11 @@ impl Slot {
         }
     }
 
+    /// The status byte's place.
+    pub fn status(&self) -> &[IoVec] {
+        self.status.as_slice()
+    }
+
     /// Writes the status byte.
     pub fn answer(&self, status: Status) {
         if let Some(at) = self.status {
@@ -305,7 +315,7 @@ impl Slow {
     ///
     /// # Errors
     /// The first error met.
-    pub async fn run(self) -> Result<(), Errno> {
+    pub async fn run(&self) -> Result<(), Errno> {
         let root = &self.root;
         match &self.action {
             Action::Transfer { write: false, offset } => {

@@ -13,10 +13,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
+use super::policy::RETRY;
 use super::queue::{Queue, Started, from_payload, payload};
 use super::request::Slow;
 use crate::error::Errno;
-use crate::mem::{GuestMap, sigbus};
+use crate::mem::{GuestMap, RingLog, sigbus};
 use crate::rt::grace::{Domain, Participant};
 use crate::rt::poll::Policy;
 use crate::rt::{Event, Inbox, Installed, Runtime, WaitKind, best_wait_kind};
@@ -39,20 +40,24 @@ const POLLED_RING_PAUSE: Duration = Duration::from_micros(100);
 pub enum Command {
     /// Serve this queue.
     Start(Box<Queue>, SyncSender<()>),
-    /// Stop this queue: drain, then answer its next available index.
-    Stop(u16, SyncSender<u16>),
+    /// Stop this queue: drain, then answer its ring's base.
+    Stop(u16, SyncSender<u32>),
     /// Replace a queue's call descriptor.
     SetCall(u16, Option<OwnedFd>, SyncSender<()>),
     /// Replace a queue's error descriptor.
     SetErr(u16, Option<OwnedFd>, SyncSender<()>),
+    /// Log a queue's writes to the guest's memory there, and nowhere else any more.
+    SetLog(u16, Option<RingLog>, SyncSender<()>),
     /// Switch all queues to another memory map; with `true`, drain first.
     SetMemory(Arc<GuestMap>, bool, SyncSender<()>),
+    /// Try again what failed and is kept.
+    Resume(SyncSender<()>),
     /// End. All queues have been stopped.
     Quit,
 }
 
-/// Results of slow-lane tasks: token payload, weight and result.
-type Done = Rc<RefCell<Vec<(u64, u64, Result<(), Errno>)>>>;
+/// Results of slow-lane tasks: token payload, request and result.
+type Done = Rc<RefCell<Vec<(u64, Slow, Result<(), Errno>)>>>;
 
 struct Worker {
     rt: Installed,
@@ -66,6 +71,8 @@ struct Worker {
     /// The weight of all slow-lane requests.
     slow_bytes: u64,
     new_memory: Option<(Arc<GuestMap>, SyncSender<()>)>,
+    /// When requests that failed for want of space are tried again.
+    retry_at: Option<Instant>,
     /// [`sigbus::count`] when the queues' memory was last looked at; `None` after a command.
     lost_seen: Option<u64>,
     quit: bool,
@@ -100,6 +107,7 @@ pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<
         done: Rc::default(),
         slow_bytes: 0,
         new_memory: None,
+        retry_at: None,
         lost_seen: None,
         quit: false,
     };
@@ -127,7 +135,7 @@ impl Worker {
         for q in &mut self.queues {
             q.publish();
         }
-        progress | self.obey() | self.settle()
+        progress | self.obey() | self.retry() | self.settle()
     }
 
     /// Runs ready tasks, until they have written as much inline as a turn should: a write beyond that would go to a kernel thread,
@@ -172,7 +180,7 @@ impl Worker {
                         self.slow_bytes += slow.weight();
                         spawn(&self.rt, &self.done, payload(q.index, head), slow);
                     }
-                    None => break,
+                    Some(Started::Nothing) | None => break,
                 }
             }
             self.grace.leave(all);
@@ -205,15 +213,38 @@ impl Worker {
                 spawn(&self.rt, &self.done, token, slow);
             }
         }
-        for (token, weight, result) in self.done.borrow_mut().drain(..) {
+        for (token, slow, result) in self.done.borrow_mut().drain(..) {
             progress = true;
-            self.slow_bytes -= weight;
+            self.slow_bytes -= slow.weight();
             let (index, head) = from_payload(token);
             if let Some(q) = queue(&mut self.queues, index) {
-                q.slow_done(head, result);
+                q.slow_done(head, slow, result);
+                if q.wants_retry() {
+                    self.retry_at.get_or_insert_with(|| Instant::now() + RETRY);
+                }
             }
         }
         progress
+    }
+
+    /// Tries again what failed for want of space, if it is time to.
+    fn retry(&mut self) -> bool {
+        let due = self.retry_at.is_some_and(|at| at <= Instant::now());
+        if due {
+            self.resume(Queue::wants_retry);
+        }
+        due
+    }
+
+    /// Tries again what the queues in question keep.
+    fn resume(&mut self, which: impl Fn(&Queue) -> bool) {
+        self.retry_at = None;
+        for q in self.queues.iter_mut().filter(|q| which(q)) {
+            for (head, slow) in q.retry() {
+                self.slow_bytes += slow.weight();
+                spawn(&self.rt, &self.done, payload(q.index, head), slow);
+            }
+        }
     }
 
     /// Carries out commands.
@@ -237,6 +268,7 @@ impl Worker {
             Command::Start(mut q, done) => {
                 q.watch = q.kick_fd().and_then(|fd| self.watch(fd, q.index));
                 q.disarm();
+                q.notify_recovered();
                 self.queues.push(*q);
                 drop(done);
             }
@@ -257,9 +289,19 @@ impl Worker {
                 }
                 drop(done);
             }
+            Command::SetLog(i, log, done) => {
+                if let Some(q) = queue(&mut self.queues, i) {
+                    q.set_log(log);
+                }
+                drop(done);
+            }
             Command::SetMemory(map, true, done) => self.new_memory = Some((map, done)),
             Command::SetMemory(map, false, done) => {
                 self.queues.iter_mut().for_each(|q| q.remap(&map));
+                drop(done);
+            }
+            Command::Resume(done) => {
+                self.resume(|_| true);
                 drop(done);
             }
             Command::Quit => self.quit = true,
@@ -296,6 +338,10 @@ impl Worker {
             answer.send(next).unwrap_or_default();
             progress = true;
         }
+        if self.new_memory.is_some() {
+            // What is kept uses the old memory.
+            self.queues.iter_mut().for_each(Queue::give_up);
+        }
         if self.new_memory.is_some() && self.queues.iter().all(|q| q.is_idle()) {
             let (map, done) = self.new_memory.take().expect("just seen");
             self.queues.iter_mut().for_each(|q| q.remap(&map));
@@ -329,7 +375,9 @@ impl Worker {
         if !self.has_input() {
             let polled = self.queues.iter().any(|q| q.watch.is_none());
             AWAKE.fetch_sub(1, Ordering::Relaxed);
-            self.rt.wait_at_most(polled.then_some(POLLED_RING_PAUSE));
+            let retry = self.retry_at.map(|at| at.saturating_duration_since(Instant::now()));
+            let pause = polled.then_some(POLLED_RING_PAUSE);
+            self.rt.wait_at_most(retry.into_iter().chain(pause).min());
             AWAKE.fetch_add(1, Ordering::Relaxed);
         }
         self.queues.iter_mut().for_each(|q| q.disarm());
@@ -348,10 +396,10 @@ fn queue(queues: &mut [Queue], index: u16) -> Option<&mut Queue> {
 }
 
 fn spawn(rt: &Runtime, done: &Done, token: u64, slow: Slow) {
-    let (done, weight) = (Rc::clone(done), slow.weight());
+    let done = Rc::clone(done);
     rt.spawn(async move {
         let result = slow.run().await;
-        done.borrow_mut().push((token, weight, result));
+        done.borrow_mut().push((token, slow, result));
     });
 }
 

@@ -97,6 +97,11 @@ impl Region {
     pub(super) fn unguard(&mut self) {
         self.guard = None;
     }
+
+    /// Its first byte in our address space; `size` bytes from there are mapped while the region lives.
+    pub(crate) fn host(&self) -> *mut u8 {
+        self.host
+    }
 }
 
 impl Drop for Region {
@@ -189,6 +194,23 @@ impl GuestMap {
         )]
         // SAFETY: inside the region's mapping, which lives as long as this map.
         Some(unsafe { IoVec::new(r.host.add(skip as usize), n as usize) })
+    }
+
+    /// Calls `each` with the guest address and length of every part of `v` that lies in a region: one, as a rule.
+    pub(super) fn guest_ranges(&self, v: &IoVec, mut each: impl FnMut(u64, u64)) {
+        let (from, mut left) = (v.base().addr() as u64, v.len() as u64);
+        let to = from + left;
+        for r in &self.regions {
+            if left == 0 {
+                return;
+            }
+            let host = r.host.addr() as u64;
+            let (start, end) = (from.max(host), to.min(host + r.size));
+            if start < end {
+                each(r.guest_addr + (start - host), end - start);
+                left -= end - start;
+            }
+        }
     }
 
     /// Translates `len` bytes at a user address of the front end (SET_VRING_ADDR), in one piece, aligned to `align` bytes.

@@ -47,7 +47,9 @@ pub enum Kind {
     Struct(&'static [OptionSpec]),
     /// A nested object whose members depend on the word in one of them: a flat union.
     Union(&'static UnionSpec),
-    /// `StrOrNull`, alternates and lists that a driver takes apart itself.
+    /// A list of values of one kind.
+    List(&'static Kind),
+    /// `StrOrNull` and alternates that a driver takes apart itself.
     Any,
 }
 

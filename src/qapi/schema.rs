@@ -5,6 +5,7 @@ use super::Kind::{Bool, Enum, Size, Str};
 use super::{Kind, OptionSpec, UnionSpec};
 use crate::block::DriverDef;
 use crate::block::drivers::TABLE;
+use crate::export::OnError;
 
 const fn optional(name: &'static str, kind: Kind) -> OptionSpec {
     OptionSpec::optional(name, kind)
@@ -116,6 +117,9 @@ pub static VHOST_USER_BLK: &[OptionSpec] = &[
     optional("queue-size", UINT16),
     optional("threads", UINT16),
     optional("poll-max-ns", INT),
+    optional("activate", Enum(&["start", "auto"])),
+    optional("rerror", Enum(OnError::NAMES)),
+    optional("werror", Enum(OnError::NAMES)),
 ];
 
 /// `SocketAddress`.

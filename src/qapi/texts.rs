@@ -20,6 +20,11 @@ pub fn give_types(tree: &mut Options, specs: &[OptionSpec]) -> Result<()> {
         let Some(value) = tree.get_mut(spec.name) else { continue };
         match (spec.kind, &mut *value) {
             (Kind::Struct(specs), Value::Object(tree)) => give_types(tree, specs)?,
+            (Kind::List(Kind::Struct(specs)), Value::Array(list)) => {
+                for tree in list.iter_mut().filter_map(Value::as_object_mut) {
+                    give_types(tree, specs)?;
+                }
+            }
             (Kind::Bool, Value::String(text)) => {
                 let name = spec.name;
                 let word = parse_bool(text);

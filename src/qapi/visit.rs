@@ -152,12 +152,24 @@ impl Visitor {
             Kind::Union(spec) => {
                 self.nested(name, value, |visitor, tree, out| visitor.union(tree, spec, out))
             }
+            Kind::List(kind) => self.list(name, *kind, value),
             Kind::BlockdevRef => self.reference(name, "BlockdevRef", value),
             Kind::BlockdevRefOrNull if value.is_null() => Ok(value),
             Kind::BlockdevRefOrNull => self.reference(name, "BlockdevRefOrNull", value),
             _ if self.syntax == Syntax::Json => self.json_scalar(name, kind, value),
             _ => self.keyval_scalar(name, kind, &value),
         }
+    }
+
+    /// A list; its elements are named as the syntax would have it.
+    fn list(&mut self, name: &str, kind: Kind, value: Value) -> Result<Value> {
+        let Value::Array(items) = value else { return Err(self.wrong_type(name, "array")) };
+        let syntax = self.syntax;
+        let visit = |(i, item)| match syntax {
+            Syntax::Json => self.value(&format!("{name}[{i}]"), kind, item),
+            Syntax::Keyval => self.value(&format!("{name}.{i}"), kind, item),
+        };
+        items.into_iter().enumerate().map(visit).collect()
     }
 
     /// An object below `name`.

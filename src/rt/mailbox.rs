@@ -71,8 +71,12 @@ impl<B: Bell> Mailbox<B> {
 
     /// Sends `mail`; wakes the owner if it sleeps. Any thread.
     pub fn post(&self, mail: Mail) {
-        self.mails.lock().expect("no holder panics").push(mail);
-        self.pending.store(true, Ordering::Release);
+        {
+            let mut mails = self.mails.lock().expect("no holder panics");
+            mails.push(mail);
+            // Under the lock: stored after it, the flag could stand for mail that was taken long ago.
+            self.pending.store(true, Ordering::Release);
+        }
         fence(Ordering::SeqCst);
         // The first of several senders rings; the others find the announcement gone.
         if self.sleeping.load(Ordering::Relaxed) && self.sleeping.swap(false, Ordering::AcqRel) {

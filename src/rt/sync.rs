@@ -6,6 +6,19 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::task::{Poll, Waker};
 
+/// Lets other tasks of the thread run.
+pub async fn give_way() {
+    let mut gone = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut gone, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
 #[derive(Default)]
 struct State {
     held: Vec<Held>,

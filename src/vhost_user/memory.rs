@@ -5,10 +5,10 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::message::MemRegion;
+use super::message::{LogPlace, MemRegion};
 use crate::err;
 use crate::error::Result;
-use crate::mem::{GuestMap, Region};
+use crate::mem::{DirtyLog, GuestMap, Region};
 
 /// A map of exactly these regions (SET_MEM_TABLE).
 ///
@@ -42,6 +42,31 @@ pub(super) fn without(old: &GuestMap, region: &MemRegion) -> Result<Arc<GuestMap
     let at = regions.iter().position(|r| (r.guest_addr, r.user_addr, r.size) == key);
     regions.remove(at.ok_or_else(|| err!("there is no such region: {}", describe(region)))?);
     finish(regions)
+}
+
+/// A dirty log (SET_LOG_BASE).
+///
+/// # Errors
+/// If it is no file, has no bytes, does not lie within its file or cannot be mapped.
+pub(super) fn log(place: LogPlace, fd: OwnedFd) -> Result<Arc<DirtyLog>> {
+    let LogPlace { size, mmap_offset } = place;
+    let fail = |e: &dyn std::fmt::Display| err!("log of {size:#x} bytes at {mmap_offset:#x}: {e}");
+    let region = shared(size, mmap_offset, fd).map_err(|e| fail(&e))?;
+    Ok(Arc::new(DirtyLog::new(region)))
+}
+
+/// Memory that is not the guest's but shared with the front end: `size` bytes at `offset` of a file.
+///
+/// # Errors
+/// If it is no file, has no bytes, does not lie within its file or cannot be mapped.
+pub(super) fn shared(size: u64, offset: u64, fd: OwnedFd) -> Result<Arc<Region>> {
+    let file = File::from(fd);
+    // Access beyond the end of a file or device is a SIGBUS.
+    let meta = file.metadata().map_err(|e| err!("{e}"))?;
+    if !meta.is_file() || offset.checked_add(size).is_none_or(|end| end > meta.len()) {
+        return Err(err!("not within a file"));
+    }
+    Region::map(&file, 0, 0, size, offset).map(Arc::new).map_err(|e| err!("{e}"))
 }
 
 fn map(region: &MemRegion, fd: OwnedFd) -> Result<Arc<Region>> {

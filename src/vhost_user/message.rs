@@ -21,9 +21,19 @@ pub const NEED_REPLY: u32 = 1 << 3;
 
 /// "Communication": the bit of the virtio features that says that protocol features can be negotiated.
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u64 = 1 << 30;
+/// "Migration": the bit of the virtio features that switches the dirty log on for the requests' memory.
+pub const VHOST_F_LOG_ALL: u64 = 1 << 26;
+/// "A vring address description": the flag that switches the dirty log on for the used ring.
+pub const VRING_F_LOG: u32 = 1 << 0;
 
 /// "VHOST_USER_SET_VRING_KICK" and its sisters: the queue's index in the payload.
 pub const VRING_INDEX_MASK: u64 = 0xff;
+/// SET_DEVICE_STATE_FD: from us to the front end.
+pub const STATE_SAVE: u32 = 0;
+/// SET_DEVICE_STATE_FD: from the front end to us.
+pub const STATE_LOAD: u32 = 1;
+/// SET_DEVICE_STATE_FD: the only phase, "the device and all its vrings are stopped".
+pub const STATE_PHASE_STOPPED: u32 = 0;
 /// "VHOST_USER_SET_VRING_KICK" and its sisters: no file descriptor comes with the message.
 pub const VRING_NOFD: u64 = 1 << 8;
 
@@ -215,6 +225,10 @@ impl<'a> Fields<'a> {
         Ok(*head)
     }
 
+    fn u16(&mut self) -> Result<u16> {
+        self.take().map(u16::from_ne_bytes)
+    }
+
     fn u32(&mut self) -> Result<u32> {
         self.take().map(u32::from_ne_bytes)
     }
@@ -240,6 +254,15 @@ impl Message {
     /// If the payload is too short; so for all parsers below.
     pub fn u64(&self) -> Result<u64> {
         Fields(&self.payload).u64()
+    }
+
+    /// "Device state transfer parameters": the direction and the phase of SET_DEVICE_STATE_FD.
+    ///
+    /// # Errors
+    /// If the payload is too short.
+    pub fn device_state(&self) -> Result<(u32, u32)> {
+        let mut f = Fields(&self.payload);
+        Ok((f.u32()?, f.u32()?))
     }
 
     /// "A vring state description".
@@ -277,11 +300,28 @@ impl Message {
         }
     }
 
+    /// "Log description".
+    pub fn log_place(&self) -> Result<LogPlace> {
+        let mut f = Fields(&self.payload);
+        Ok(LogPlace { size: f.u64()?, mmap_offset: f.u64()? })
+    }
+
     /// "Virtio device config space": the fields, and what follows them.
     pub fn config(&self) -> Result<(ConfigRange, &[u8])> {
         let mut f = Fields(&self.payload);
         let range = ConfigRange { offset: f.u32()?, size: f.u32()?, flags: f.u32()? };
         Ok((range, f.0))
+    }
+
+    /// "Inflight description".
+    pub fn inflight(&self) -> Result<InflightDesc> {
+        let mut f = Fields(&self.payload);
+        Ok(InflightDesc {
+            mmap_size: f.u64()?,
+            mmap_offset: f.u64()?,
+            num_queues: f.u16()?,
+            queue_size: f.u16()?,
+        })
     }
 
     /// The file descriptors that came with the message.
@@ -364,6 +404,44 @@ pub struct MemRegion {
     pub mmap_offset: u64,
 }
 
+/// "Inflight description".
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InflightDesc {
+    /// Bytes of the whole region; 0: there is none.
+    pub mmap_size: u64,
+    /// Where it starts in its file.
+    pub mmap_offset: u64,
+    /// Queues that it has room for.
+    pub num_queues: u16,
+    /// Entries of each.
+    pub queue_size: u16,
+}
+
+impl InflightDesc {
+    /// Its bytes on the wire: 20, and the padding that QEMU's struct has at its end.
+    pub fn to_bytes(self) -> Vec<u8> {
+        let mut bytes = [self.mmap_size, self.mmap_offset].map(u64::to_ne_bytes).concat();
+        bytes.extend([self.num_queues, self.queue_size, 0, 0].map(u16::to_ne_bytes).as_flattened());
+        bytes
+    }
+}
+
+/// "Log description".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogPlace {
+    /// Size in bytes.
+    pub size: u64,
+    /// Where it starts in its file.
+    pub mmap_offset: u64,
+}
+
+impl LogPlace {
+    /// Its bytes on the wire.
+    pub fn to_bytes(self) -> Vec<u8> {
+        [self.size, self.mmap_offset].map(u64::to_ne_bytes).concat()
+    }
+}
+
 /// "Virtio device config space", without the contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConfigRange {
@@ -420,6 +498,7 @@ mod tests {
             let len = m.payload.len();
             prop_assert_eq!(m.u64().is_ok(), len >= 8);
             prop_assert_eq!(m.vring_state().is_ok(), len >= 8);
+            prop_assert_eq!(m.device_state().is_ok(), len >= 8);
             prop_assert_eq!(m.vring_addr().is_ok(), len >= 40);
             prop_assert_eq!(m.region().is_ok(), len >= 40);
             let _ = m.regions();

@@ -1,8 +1,8 @@
 //! The vhost-user protocol: a listener, one session per connection, and the device it drives.
 //!
 //! [`server`] accepts, one front end at a time; `session` is the state machine of a connection, over `ring` (what the
-//! front end said of a ring), `memory` (guest memory) and [`notify`] (configuration changes); [`message`] is the wire's
-//! vocabulary, `socket` the wire. The device behind it is a [`Device`].
+//! front end said of a ring), `memory` (guest memory), `inflight` (what a successor needs) and [`notify`] (configuration
+//! changes); [`message`] is the wire's vocabulary, `socket` the wire. The device behind it is a [`Device`].
 //!
 //! Why not the `vhost` crate's `BackendReqHandler`: it ends the connection on a message that it does not know and on every
 //! request that it refuses; it demands orders of negotiation that real front ends do not keep (cloud-hypervisor
@@ -14,6 +14,8 @@
 //! not zero, where one is wanted) and the connection goes on. cloud-hypervisor takes a refusal as the end of the disk, so
 //! nothing is refused that can be served.
 
+mod device_state;
+mod inflight;
 mod memory;
 pub mod message;
 pub mod notify;
@@ -29,22 +31,26 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::error::Errno;
-use crate::mem::GuestMap;
+use crate::mem::{GuestMap, RingLog};
+use crate::virtio::inflight::View;
 
 /// Everything a ring needs to run.
 pub struct QueueSetup {
     /// The guest's memory.
     pub map: Arc<GuestMap>,
-    /// Entries (a power of two).
+    /// Entries (of a split ring a power of two).
     pub size: u16,
     /// The descriptor table, at a user address of the front end.
     pub desc: u64,
-    /// The available ring, likewise.
+    /// The available ring, likewise; of a packed ring the driver's event suppression.
     pub avail: u64,
-    /// The used ring, likewise.
+    /// The used ring, likewise; of a packed ring the device's event suppression.
     pub used: u64,
-    /// The next available index to take.
-    pub base: u16,
+    /// Where it goes on, as [`Virtqueue::base`](crate::virtio::queue::Virtqueue::base) has it.
+    pub base: u32,
+    /// Where the requests in flight of a split ring are kept for our successor; if it has been used, it knows better than
+    /// `base`.
+    pub inflight: Option<View>,
     /// The features that the driver accepted (device and ring bits).
     pub features: u64,
     /// The driver's notifications; `None`: none will come (poll).
@@ -53,6 +59,8 @@ pub struct QueueSetup {
     pub call: Option<OwnedFd>,
     /// Where a broken ring is reported.
     pub err: Option<OwnedFd>,
+    /// Where writes to the guest's memory are logged; `None`: nowhere.
+    pub log: Option<RingLog>,
 }
 
 /// What a session drives. Called by one session at a time; calls that must wait for requests block.
@@ -72,15 +80,21 @@ pub trait Device: Send + Sync {
     /// Starts a ring: takes it from `setup.base` on, and looks at it at once.
     ///
     /// # Errors
-    /// EINVAL if its addresses are not in the map, its size is not a power of two or too large, or it runs already.
+    /// EINVAL if its addresses are not in the map, its size cannot be or is too large, or it runs already.
     fn start_queue(&self, index: u16, setup: QueueSetup) -> Result<(), Errno>;
-    /// Stops a ring: takes no new request, waits for those in flight, publishes them. Answers the next available index;
-    /// `None` if it did not run. Afterwards no byte of guest memory is touched on its behalf.
-    fn stop_queue(&self, index: u16) -> Option<u16>;
+    /// Stops a ring: takes no new request, waits for those in flight, publishes them. Answers where it would go on (as
+    /// [`QueueSetup::base`]); `None` if it did not run. Afterwards no byte of guest memory is touched on its behalf.
+    fn stop_queue(&self, index: u16) -> Option<u32>;
+    /// A message has been handled, and no ring runs; its answer goes out afterwards. A ring that only moves does not come by
+    /// here between its stop and its start.
+    fn no_ring_runs(&self) {}
     /// Replaces the call descriptor, of a running ring too (a notification that got lost is repeated).
     fn set_call(&self, index: u16, call: Option<OwnedFd>);
     /// Replaces the error descriptor.
     fn set_err(&self, index: u16, err: Option<OwnedFd>);
+    /// Logs a running ring's writes to the guest's memory there, without a pause. When it returns, the log used before is not
+    /// written any more; requests in flight are logged in the new one.
+    fn set_log(&self, index: u16, log: Option<RingLog>);
     /// Replaces the memory map of all running rings. With `drain`, requests in flight are awaited first: afterwards the
     /// old map is not touched. Without (regions were only added), they go on. Returns when every ring has switched.
     fn set_memory(&self, map: Arc<GuestMap>, drain: bool);

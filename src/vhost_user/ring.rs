@@ -13,7 +13,8 @@ use super::QueueSetup;
 use super::message::VringAddr;
 use crate::err;
 use crate::error::Result;
-use crate::mem::GuestMap;
+use crate::mem::{GuestMap, RingLog};
+use crate::virtio::queue::{RingAddrs, first_base, is_packed};
 
 /// How the driver notifies of new requests.
 pub(super) enum Kick {
@@ -29,8 +30,8 @@ pub(super) struct Ring {
     /// Entries; 0 if the front end has not said yet.
     pub size: u16,
     pub addr: Option<VringAddr>,
-    /// The next available index, while it does not run.
-    pub base: u16,
+    /// Where it goes on (as [`QueueSetup::base`]), while it does not run; `None`: where a fresh one begins.
+    pub base: Option<u32>,
     pub kick: Option<Kick>,
     pub call: Option<OwnedFd>,
     pub err: Option<OwnedFd>,
@@ -45,21 +46,27 @@ impl Ring {
         self.enabled && self.size != 0 && self.addr.is_some() && self.kick.is_some()
     }
 
-    /// Whether the whole ring lies in `map`, properly aligned (virtio 1.3, 2.7 "Split Virtqueues"), with the event fields at
-    /// its ends, as the device's ring wants it.
-    pub(super) fn is_mapped(&self, map: &GuestMap) -> bool {
-        let Some(addr) = self.addr else { return false };
-        let n = u64::from(self.size);
-        let parts =
-            [(addr.desc, 16 * n, 16), (addr.avail, 6 + 2 * n, 2), (addr.used, 6 + 8 * n, 4)];
-        parts.iter().all(|(at, len, align)| map.translate_user(*at, *len, *align).is_some())
+    /// Whether the whole ring lies in `map`, properly aligned, as the device's ring wants it.
+    pub(super) fn is_mapped(&self, map: &GuestMap, packed: bool) -> bool {
+        let Some(VringAddr { desc, avail, used, .. }) = self.addr else { return false };
+        RingAddrs { desc, avail, used }.resolve(map, self.size, packed).is_ok()
+    }
+
+    /// What GET_VRING_BASE answers.
+    pub(super) fn base(&self, packed: bool) -> u32 {
+        self.base.unwrap_or(first_base(packed))
     }
 
     /// What the device needs to run it. Descriptors are duplicated: the ring may be started again.
     ///
     /// # Errors
     /// If a part is missing, or there is no room for more descriptors.
-    pub(super) fn setup(&self, map: &Arc<GuestMap>, features: u64) -> Result<QueueSetup> {
+    pub(super) fn setup(
+        &self,
+        map: &Arc<GuestMap>,
+        features: u64,
+        log: Option<RingLog>,
+    ) -> Result<QueueSetup> {
         let (Some(addr), Some(kick)) = (self.addr, &self.kick) else {
             return Err(err!("addresses or kick are missing"));
         };
@@ -73,11 +80,13 @@ impl Ring {
             desc: addr.desc,
             avail: addr.avail,
             used: addr.used,
-            base: self.base,
+            base: self.base(is_packed(features)),
+            inflight: None,
             features,
             kick,
             call: self.call.as_ref().map(duplicate).transpose()?,
             err: self.err.as_ref().map(duplicate).transpose()?,
+            log,
         })
     }
 

@@ -4,14 +4,16 @@
 //! GET_VRING_BASE, SET_VRING_ENABLE 0, a reset or REM_MEM_REG promise about the guest's memory holds when the front
 //! end reads the answer. Sections named are those of the "Vhost-user Protocol" document.
 //!
-//! INFLIGHT_SHMFD, LOG_SHMFD, DEVICE_STATE and GET_VRING_BASE_INFLIGHT have their place in [`OFFERED`] and in
-//! [`Session::handle`]; SET_FEATURES says where LOG_ALL belongs.
+//! GET_VRING_BASE_INFLIGHT has its place in [`OFFERED`] and in [`Session::handle`].
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use super::device_state::Transfer;
+use super::inflight::{self, Area};
 use super::message::*;
 use super::notify::ConfigChange;
 use super::ring::{Kick, Ring, duplicate};
@@ -19,18 +21,25 @@ use super::socket::{Channel, End};
 use super::{Device, memory};
 use crate::err;
 use crate::error::Result;
-use crate::mem::GuestMap;
 use crate::mem::map::MAX_REGIONS;
+use crate::mem::{DirtyLog, GuestMap, RingLog};
+use crate::virtio::queue::{is_packed, is_size};
 
 /// The protocol features offered. QEMU acknowledges every one that it knows, without asking whether it can serve it:
-/// INBAND_NOTIFICATIONS must never stand here. To come: LOG_SHMFD, INFLIGHT_SHMFD, DEVICE_STATE, and bit 20.
+/// INBAND_NOTIFICATIONS must never stand here. To come: bit 20.
 pub(super) const OFFERED: Protocol = Protocol::MQ
+    .union(Protocol::LOG_SHMFD)
     .union(Protocol::REPLY_ACK)
     .union(Protocol::BACKEND_REQ)
     .union(Protocol::CONFIG)
+    .union(Protocol::INFLIGHT_SHMFD)
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::CONFIGURE_MEM_SLOTS)
-    .union(Protocol::STATUS);
+    .union(Protocol::STATUS)
+    .union(Protocol::DEVICE_STATE);
+
+/// Feature bits that are not the device's.
+const OWN: u64 = VHOST_USER_F_PROTOCOL_FEATURES | VHOST_F_LOG_ALL;
 
 /// Warnings of one connection that are logged as such: a front end must not be able to fill a disk with our log.
 const MAX_WARNINGS: u32 = 64;
@@ -42,6 +51,8 @@ enum Answer {
     U64(u64),
     State(VringState),
     Config(Vec<u8>),
+    Inflight(InflightDesc, Option<OwnedFd>),
+    Log(LogPlace),
 }
 
 /// The state of one connection.
@@ -51,10 +62,16 @@ pub(super) struct Session<'a> {
     config_change: &'a ConfigChange,
     rings: Vec<Ring>,
     map: Arc<GuestMap>,
-    /// What the driver accepted, with PROTOCOL_FEATURES; `None` before it did.
+    /// Where requests in flight are tracked.
+    inflight: Option<Area>,
+    /// What the driver accepted, with [`OWN`]; `None` before it did.
     features: Option<u64>,
+    /// The last SET_LOG_BASE.
+    log: Option<Result<Arc<DirtyLog>>>,
     protocol: Protocol,
     status: u8,
+    /// A transfer of the device's state, from its beginning to its check.
+    state: Option<Transfer>,
     warnings: u32,
 }
 
@@ -72,9 +89,12 @@ impl<'a> Session<'a> {
             config_change,
             rings: (0..queues).map(|_| Ring::default()).collect(),
             map: Arc::default(),
+            inflight: None,
             features: None,
+            log: None,
             protocol: Protocol::empty(),
             status: 0,
+            state: None,
             warnings: 0,
         }
     }
@@ -85,6 +105,8 @@ impl<'a> Session<'a> {
         self.halt_all();
         self.config_change.detach();
         self.map = Arc::default();
+        self.state = None;
+        self.log = None;
         self.device.disconnected();
         end
     }
@@ -96,9 +118,12 @@ impl<'a> Session<'a> {
                 Err(end) => return end,
             };
             log::trace!("{}: {} {:?}", self.name, message.header.name(), message.header);
-            if let Some(reply) = self.reply_to(&mut message)
-                && let Err(end) = channel.send(&reply)
-            {
+            let sent = match self.reply_to(&mut message) {
+                None => Ok(()),
+                Some((reply, None)) => channel.send(&reply),
+                Some((reply, Some(fd))) => channel.send_with(&reply, &fd),
+            };
+            if let Err(end) = sent {
                 return end;
             }
             // After the reply: QEMU hears nothing else while it waits for one.
@@ -106,31 +131,42 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Handles one message; answers the bytes of the reply, if there is to be one ("Communication", "REPLY_ACK").
-    fn reply_to(&mut self, message: &mut Message) -> Option<Vec<u8>> {
+    /// Handles one message; answers the bytes of the reply, if there is to be one ("Communication", "REPLY_ACK"), and the
+    /// descriptor that goes with them.
+    fn reply_to(&mut self, message: &mut Message) -> Option<(Vec<u8>, Option<OwnedFd>)> {
         let header = message.header;
         if header.flags & REPLY != 0 {
             self.warn(&format!("{}: a reply to a question that was not asked", header.name()));
             return None;
         }
         let outcome = self.handle(message);
+        if !self.rings.iter().any(|ring| ring.running) {
+            self.device.no_ring_runs();
+        }
         if let Err(e) = &outcome {
             self.warn(&format!("{} ({}): {e}", header.name(), header.request));
         }
         // SET_PROTOCOL_FEATURES itself may have just negotiated it.
         let wants_ack =
             header.flags & NEED_REPLY != 0 && self.protocol.contains(Protocol::REPLY_ACK);
+        let mut fd_out = None;
         let payload = match outcome {
             Ok(Answer::U64(v)) => v.to_ne_bytes().to_vec(),
             Ok(Answer::State(s)) => s.to_bytes(),
             Ok(Answer::Config(bytes)) => bytes,
+            Ok(Answer::Inflight(desc, fd)) => {
+                fd_out = fd;
+                desc.to_bytes()
+            }
+            Ok(Answer::Log(place)) => place.to_bytes(),
             // Requests that always have a reply have no way to fail but a reply without payload.
             Err(_) if matches!(header.request, GET_CONFIG | GET_VRING_BASE) => Vec::new(),
+            Err(_) if header.request == SET_LOG_BASE && self.log_is_answered() => Vec::new(),
             Ok(Answer::Done) if wants_ack => 0u64.to_ne_bytes().to_vec(),
             Err(_) if wants_ack => 1u64.to_ne_bytes().to_vec(),
             Ok(Answer::Done) | Err(_) => return None,
         };
-        Some(encode(header.request, REPLY, &payload))
+        Some((encode(header.request, REPLY, &payload), fd_out))
     }
 
     fn warn(&mut self, what: &str) {
@@ -151,6 +187,10 @@ impl<'a> Session<'a> {
             GET_STATUS => return Ok(Answer::U64(u64::from(self.status))),
             GET_CONFIG => return self.get_config(m),
             GET_VRING_BASE => return self.get_base(m.vring_state()?),
+            GET_INFLIGHT_FD => return Ok(self.get_inflight(m)),
+            SET_DEVICE_STATE_FD => return Ok(self.set_state_fd(m)),
+            CHECK_DEVICE_STATE => return Ok(self.check_state()),
+            SET_LOG_BASE => return self.set_log(m),
 
             // Every front end owns its connection; StratoVirt says so at each activation.
             SET_OWNER => {}
@@ -160,6 +200,8 @@ impl<'a> Session<'a> {
             SET_FEATURES => self.set_features(m.u64()?)?,
             SET_PROTOCOL_FEATURES => self.set_protocol_features(m.u64()?)?,
             SET_CONFIG => self.set_config(m)?,
+            // Nobody says what it is for: QEMU never sends it. Closed.
+            SET_LOG_FD => drop(m.take_fd()?),
             SET_BACKEND_REQ_FD => self.config_change.attach(UnixStream::from(m.take_fd()?)),
 
             SET_MEM_TABLE => {
@@ -184,8 +226,8 @@ impl<'a> Session<'a> {
             SET_VRING_CALL => self.set_call(m)?,
             SET_VRING_ERR => self.set_err(m)?,
 
-            // To come here: GET_INFLIGHT_FD, SET_INFLIGHT_FD, SET_LOG_BASE, SET_LOG_FD, SET_DEVICE_STATE_FD,
-            // CHECK_DEVICE_STATE.
+            SET_INFLIGHT_FD => self.inflight = Some(Area::map(m.inflight()?, m.take_fd()?)?),
+
             _ => return Err(err!("not supported")),
         }
         Ok(Answer::Done)
@@ -198,6 +240,11 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Whether the driver's rings are packed, as far as is known.
+    fn is_packed(&self) -> bool {
+        self.features.is_some_and(is_packed)
+    }
+
     fn all(&self) -> Range<usize> {
         0..self.rings.len()
     }
@@ -206,17 +253,27 @@ impl<'a> Session<'a> {
 /// Features, status and configuration space.
 impl Session<'_> {
     fn offered_features(&self) -> u64 {
-        self.device.features() | VHOST_USER_F_PROTOCOL_FEATURES
+        self.device.features() | OWN
     }
 
-    /// SET_FEATURES. Repeated with the same bits, it does nothing. With others (LOG_ALL, when it is offered, will be
-    /// switched without this), running rings are drained and go on with the new ones.
+    /// SET_FEATURES. Repeated with the same bits, it does nothing; if only LOG_ALL is another, running rings go on and log,
+    /// or do not log any more. With others, running rings are drained and go on with the new ones.
     fn set_features(&mut self, acked: u64) -> Result<()> {
         let foreign = acked & !self.offered_features();
         if foreign != 0 {
             return Err(err!("features {foreign:#x} were not offered"));
         }
-        if self.features != Some(acked) {
+        // QEMU looks only at whether SET_LOG_BASE has a reply: it must not migrate without a log.
+        if let (Some(Err(e)), true) = (&self.log, acked & VHOST_F_LOG_ALL != 0) {
+            return Err(err!("there is no dirty log: {e}"));
+        }
+        let changed = self.features.map_or(u64::MAX, |f| f ^ acked);
+        if changed & !VHOST_F_LOG_ALL == 0 {
+            self.features = Some(acked);
+            if changed != 0 && self.has_log() {
+                self.switch_log();
+            }
+        } else {
             log::info!(
                 "{}: features negotiated: {acked:#x}, protocol {:#x}",
                 self.name,
@@ -225,7 +282,7 @@ impl Session<'_> {
             let ran: Vec<usize> = self.all().filter(|i| self.rings[*i].running).collect();
             ran.iter().for_each(|i| self.halt(*i));
             self.features = Some(acked);
-            self.device.set_features(acked & !VHOST_USER_F_PROTOCOL_FEATURES);
+            self.device.set_features(acked & !OWN);
         }
         // "Ring states": a front end that does not negotiate them has no SET_VRING_ENABLE either.
         if acked & VHOST_USER_F_PROTOCOL_FEATURES == 0 {
@@ -255,9 +312,11 @@ impl Session<'_> {
     }
 
     /// RESET_DEVICE: "disable all rings and reset all internal device state". The guest's memory and what was
-    /// negotiated for the connection stay (QEMU gives neither again after it).
+    /// negotiated for the connection stay (QEMU gives neither again after it). The in-flight region does not: it is
+    /// about rings that are no more, and QEMU gives one again before it starts others.
     fn reset(&mut self) {
         self.halt_all();
+        self.inflight = None;
         self.rings.iter_mut().for_each(Ring::reset);
         self.status = 0;
         if self.features.take().is_some() {
@@ -270,6 +329,23 @@ impl Session<'_> {
     fn disable_all(&mut self) {
         self.halt_all();
         self.rings.iter_mut().for_each(|r| r.enabled = false);
+    }
+
+    /// GET_INFLIGHT_FD. It says nothing about the rings of now: SET_INFLIGHT_FD gives the memory back. Has no way to fail
+    /// but a region of no bytes: what packed rings get, whose requests are not tracked. QEMU then does without.
+    fn get_inflight(&mut self, m: &Message) -> Answer {
+        if self.is_packed() {
+            self.warn("GET_INFLIGHT_FD: requests of packed rings are not tracked");
+            return Answer::Inflight(InflightDesc::default(), None);
+        }
+        let (queues, size_max) = (queue(self.rings.len()), self.device.max_queue_size());
+        match m.inflight().and_then(|asked| inflight::create(asked, queues, size_max)) {
+            Ok((desc, fd)) => Answer::Inflight(desc, Some(fd)),
+            Err(e) => {
+                self.warn(&format!("GET_INFLIGHT_FD: {e}"));
+                Answer::Inflight(InflightDesc::default(), None)
+            }
+        }
     }
 
     fn get_config(&mut self, m: &Message) -> Result<Answer> {
@@ -293,13 +369,57 @@ impl Session<'_> {
     }
 }
 
+/// The device's state.
+impl Session<'_> {
+    /// SET_DEVICE_STATE_FD; the answer: bit 8, no descriptor comes back; bits 0 to 7, whether it failed.
+    fn set_state_fd(&mut self, m: &mut Message) -> Answer {
+        self.state = None;
+        match self.transfer_state(m) {
+            Ok(transfer) => {
+                self.state = Some(transfer);
+                Answer::U64(VRING_NOFD)
+            }
+            Err(e) => {
+                self.warn(&format!("SET_DEVICE_STATE_FD: {e}"));
+                Answer::U64(VRING_NOFD | 1)
+            }
+        }
+    }
+
+    fn transfer_state(&self, m: &mut Message) -> Result<Transfer> {
+        let (direction, phase) = m.device_state()?;
+        let fd = m.take_fd()?;
+        if phase != STATE_PHASE_STOPPED || self.rings.iter().any(|ring| ring.running) {
+            return Err(err!("state is transferred while all rings are stopped only"));
+        }
+        match direction {
+            STATE_SAVE => Transfer::save(self.device, fd),
+            STATE_LOAD => Transfer::load(fd),
+            n => Err(err!("{n} is no direction of a transfer")),
+        }
+    }
+
+    /// CHECK_DEVICE_STATE; the answer: 0 if the last transfer came to a good end.
+    fn check_state(&mut self) -> Answer {
+        let transfer = self.state.take().ok_or_else(|| err!("there was no transfer"));
+        match transfer.and_then(|transfer| transfer.finish(self.device)) {
+            Ok(()) => Answer::U64(0),
+            Err(e) => {
+                self.warn(&format!("CHECK_DEVICE_STATE: {e}"));
+                Answer::U64(1)
+            }
+        }
+    }
+}
+
 /// Memory.
 impl Session<'_> {
     /// Changes to another map. Rings that it does not hold any more are stopped first; rings that waited for theirs
     /// start.
     fn switch_memory(&mut self, map: Arc<GuestMap>, drain: bool) {
+        let packed = self.is_packed();
         for i in self.all() {
-            if self.rings[i].running && !self.rings[i].is_mapped(&map) {
+            if self.rings[i].running && !self.rings[i].is_mapped(&map, packed) {
                 self.halt(i);
                 self.warn(&format!("queue {i}: its memory is taken away, it stops"));
             }
@@ -310,9 +430,47 @@ impl Session<'_> {
         self.map = map;
         // Regions may come one by one: a ring that is not in memory yet is no reason to refuse this one.
         for i in self.all() {
-            if self.rings[i].is_mapped(&self.map) {
+            if self.rings[i].is_mapped(&self.map, packed) {
                 self.start_or_warn(i);
             }
+        }
+    }
+}
+
+/// The dirty log ("Migration").
+impl Session<'_> {
+    /// SET_LOG_BASE, also while rings run. Its answer says that the log before is not written any more, and is the
+    /// description of the log: rust-vmm wants those 16 bytes, QEMU any reply. A log that cannot be had leaves none.
+    fn set_log(&mut self, m: &mut Message) -> Result<Answer> {
+        let place = m.log_place()?;
+        let log = m.take_fd().and_then(|fd| memory::log(place, fd));
+        let outcome = log.as_ref().map(|_| ()).map_err(|e| err!("{e}"));
+        self.log = Some(log);
+        self.switch_log();
+        outcome.map(|()| if self.log_is_answered() { Answer::Log(place) } else { Answer::Done })
+    }
+
+    /// "VHOST_USER_SET_LOG_BASE": whether it has a reply in any case.
+    fn log_is_answered(&self) -> bool {
+        self.protocol.contains(Protocol::LOG_SHMFD)
+    }
+
+    fn has_log(&self) -> bool {
+        matches!(self.log, Some(Ok(_)))
+    }
+
+    /// What ring `i` is to log now.
+    fn ring_log(&self, i: usize) -> Option<RingLog> {
+        let Some(Ok(log)) = &self.log else { return None };
+        let data = self.features.is_some_and(|f| f & VHOST_F_LOG_ALL != 0);
+        let used = self.rings[i].addr.filter(|a| a.flags & VRING_F_LOG != 0).map(|a| a.log);
+        (data || used.is_some()).then(|| RingLog { log: Arc::clone(log), data, used })
+    }
+
+    /// Running rings log as is wanted now. They do not stop for it.
+    fn switch_log(&self) {
+        for i in self.all().filter(|i| self.rings[*i].running) {
+            self.device.set_log(queue(i), self.ring_log(i));
         }
     }
 }
@@ -321,19 +479,26 @@ impl Session<'_> {
 impl Session<'_> {
     /// Starts ring `i` if it is wanted and does not run.
     fn start(&mut self, i: usize) -> Result<()> {
+        let log = self.ring_log(i);
         let ring = &mut self.rings[i];
-        let Some(features) = self.features.map(|f| f & !VHOST_USER_F_PROTOCOL_FEATURES) else {
-            return Ok(());
-        };
+        let Some(features) = self.features.map(|f| f & !OWN) else { return Ok(()) };
         if ring.running || !ring.is_wanted() || self.map.regions().is_empty() {
             return Ok(());
         }
-        if !ring.is_mapped(&self.map) {
+        let packed = is_packed(features);
+        if !is_size(ring.size, packed) {
+            return Err(err!("queue {i}: {} entries: not a power of two", ring.size));
+        }
+        if !ring.is_mapped(&self.map, packed) {
             return Err(err!("queue {i}: its addresses are not in guest memory"));
         }
         let fail = |e: &dyn std::fmt::Display| err!("queue {i}: cannot start: {e}");
-        let setup = ring.setup(&self.map, features).map_err(|e| fail(&e))?;
-        log::debug!("{}: queue {i} starts at {} of {}", self.name, ring.base, ring.size);
+        let mut setup = ring.setup(&self.map, features, log).map_err(|e| fail(&e))?;
+        setup.inflight = self.inflight.as_ref().and_then(|area| area.view(queue(i), ring.size));
+        if setup.inflight.is_none() && self.inflight.is_some() {
+            log::warn!("{}: queue {i}: no place in the in-flight region", self.name);
+        }
+        log::debug!("{}: queue {i} starts at {:#x} of {}", self.name, setup.base, ring.size);
         self.device.start_queue(queue(i), setup).map_err(|e| fail(&e))?;
         ring.running = true;
         Ok(())
@@ -356,7 +521,7 @@ impl Session<'_> {
         let ring = &mut self.rings[i];
         if std::mem::take(&mut ring.running) {
             match self.device.stop_queue(queue(i)) {
-                Some(base) => ring.base = base,
+                Some(base) => ring.base = Some(base),
                 None => self.warn(&format!("queue {i}: it had stopped by itself")),
             }
         }
@@ -375,13 +540,17 @@ impl Session<'_> {
     fn get_base(&mut self, state: VringState) -> Result<Answer> {
         let i = self.ring(state.index)?;
         self.stop(i);
-        Ok(Answer::State(VringState { index: state.index, num: u32::from(self.rings[i].base) }))
+        let num = self.rings[i].base(self.is_packed());
+        Ok(Answer::State(VringState { index: state.index, num }))
     }
 
     fn set_size(&mut self, state: VringState) -> Result<()> {
         let i = self.ring(state.index)?;
         let max = self.device.max_queue_size();
-        let size = u16::try_from(state.num).ok().filter(|n| n.is_power_of_two() && *n <= max);
+        // Before the features are known it may be either kind of ring.
+        let may_be =
+            |n| is_size(n, true) && (self.features.is_none() || is_size(n, self.is_packed()));
+        let size = u16::try_from(state.num).ok().filter(|n| may_be(*n) && *n <= max);
         let size = size.ok_or_else(|| {
             err!("queue {i}: {} entries: not a power of two, at most {max}", state.num)
         })?;
@@ -394,10 +563,11 @@ impl Session<'_> {
 
     fn set_base(&mut self, state: VringState) -> Result<()> {
         let i = self.ring(state.index)?;
-        let base = u16::try_from(state.num)
-            .map_err(|_| err!("queue {i}: {:#x} is not an index", state.num))?;
+        if self.features.is_some() && !self.is_packed() && state.num > u16::MAX.into() {
+            return Err(err!("queue {i}: {:#x} is not an index", state.num));
+        }
         self.stop_if_running(i, "another base");
-        self.rings[i].base = base;
+        self.rings[i].base = Some(state.num);
         Ok(())
     }
 
@@ -413,14 +583,21 @@ impl Session<'_> {
     fn set_addr(&mut self, index: u32, addr: VringAddr) -> Result<()> {
         let i = self.ring(index)?;
         let parts = |a: VringAddr| (a.desc, a.avail, a.used);
-        let moves = self.rings[i].addr.map(parts) != Some(parts(addr));
+        let before = self.rings[i].addr;
         let ran = self.rings[i].running;
-        if moves {
+        if before.map(parts) != Some(parts(addr)) {
             self.halt(i);
         }
         self.rings[i].addr = Some(addr);
+        if before != Some(addr) && self.rings[i].running && self.has_log() {
+            self.device.set_log(queue(i), self.ring_log(i));
+        }
         // A ring that was kicked before may have lacked this alone. If its memory is still to come, that is no error.
-        if ran || self.rings[i].is_mapped(&self.map) { self.start(i) } else { Ok(()) }
+        if ran || self.rings[i].is_mapped(&self.map, self.is_packed()) {
+            self.start(i)
+        } else {
+            Ok(())
+        }
     }
 
     /// SET_VRING_ENABLE. cloud-hypervisor pauses a guest with a 0 alone: then the ring is drained before the answer, and

@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::message::{Header, MAX_FDS, MAX_PAYLOAD, Message, VERSION, VERSION_MASK};
 
@@ -135,6 +136,18 @@ impl<'a> Channel<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Sends all of `bytes`, and a descriptor with the first of them.
+    ///
+    /// # Errors
+    /// The connection's end.
+    pub fn send_with(&mut self, bytes: &[u8], fd: &OwnedFd) -> Result<(), End> {
+        // A socket that is ready to be written has room for a short message: the call does not wait.
+        self.wait(libc::POLLOUT)?;
+        let sent = self.stream.send_with_fd(bytes, fd.as_raw_fd());
+        let sent = sent.map_err(|e| End::Io(io::Error::from_raw_os_error(e.errno())))?;
+        self.send(bytes.get(sent..).unwrap_or_default())
     }
 
     fn wait(&self, events: libc::c_short) -> Result<(), End> {

@@ -1,6 +1,10 @@
-//! The virtio side: the split ring and the virtio-blk device's constants, configuration space and request headers.
+//! The virtio side: split and packed rings and the virtio-blk device's constants, configuration space and request headers.
 
 pub mod blk;
+mod chain;
+pub mod inflight;
+pub mod packed;
+pub mod queue;
 pub mod ring;
 
 /// Feature bit `bit` as a mask.

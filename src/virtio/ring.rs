@@ -14,75 +14,15 @@ use std::sync::atomic::{AtomicU16, Ordering, fence};
 use virtio_bindings::virtio_config::VIRTIO_F_NOTIFY_ON_EMPTY;
 use virtio_bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT,
-    VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_F_NO_NOTIFY,
+    VRING_USED_F_NO_NOTIFY,
 };
 
+use super::chain::Desc;
+pub use super::chain::{Broken, CHAIN_MAX, Chain};
 use super::feature;
+use super::queue::{RingAddrs, is_size};
 use crate::error::Errno;
-use crate::mem::{GuestMap, IoVec};
-
-/// The most descriptors in one chain, whatever the ring's size: an indirect table may be longer than the ring (Windows
-/// sends more than seg_max), and this is QEMU's VIRTQUEUE_MAX_SIZE.
-pub const CHAIN_MAX: usize = 1024;
-
-/// A ring that cannot go on, and why.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Broken(pub &'static str);
-
-/// One descriptor, as the guest wrote it.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Desc {
-    addr: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-}
-
-const DESC_SIZE: u64 = size_of::<Desc>() as u64;
-
-/// The memory of one chain: first what the device may read, then what it may write.
-#[derive(Default)]
-pub struct Chain {
-    /// The ranges, in order.
-    pub iov: Vec<IoVec>,
-    /// How many of them are for reading.
-    pub readable: usize,
-    /// Why the chain cannot be served as a request, if so.
-    pub bad: Option<&'static str>,
-    /// The last descriptor that is not empty reaches out of guest memory: the chain's last byte is not there.
-    pub cut: bool,
-}
-
-impl Chain {
-    fn clear(&mut self) {
-        self.iov.clear();
-        self.readable = 0;
-        self.bad = None;
-        self.cut = false;
-    }
-
-    /// Bytes for reading.
-    pub fn readable_len(&self) -> usize {
-        self.iov[..self.readable].iter().map(IoVec::len).sum()
-    }
-
-    /// Bytes for writing.
-    pub fn writable_len(&self) -> usize {
-        self.iov[self.readable..].iter().map(IoVec::len).sum()
-    }
-}
-
-/// Where a ring lies: user addresses of the front end (SET_VRING_ADDR).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RingAddrs {
-    /// The descriptor table.
-    pub desc: u64,
-    /// The available ring.
-    pub avail: u64,
-    /// The used ring.
-    pub used: u64,
-}
+use crate::mem::{GuestMap, IoVec, RingLog};
 
 /// The device's side of one split virtqueue.
 pub struct Ring {
@@ -92,7 +32,7 @@ pub struct Ring {
     event_idx: bool,
     indirect: bool,
     notify_on_empty: bool,
-    desc: *const Desc,
+    desc: *const [u8; 16],
     avail: *mut u16,
     used: *mut u16,
     /// The next available entry to take.
@@ -100,6 +40,8 @@ pub struct Ring {
     /// The next used entry to write; what the guest sees is `published`.
     next_used: u16,
     published: u16,
+    /// Where our writes are logged, while the guest migrates.
+    log: Option<RingLog>,
 }
 
 // SAFETY: the pointers point into `map`, which moves along; a ring has one owner at a time.
@@ -131,6 +73,7 @@ impl Ring {
             next_avail: base,
             next_used: 0,
             published: 0,
+            log: None,
         };
         ring.remap(map)?;
         // SAFETY: `used` was just resolved; index 1 of it is used.idx, 2-aligned.
@@ -144,20 +87,39 @@ impl Ring {
     /// # Errors
     /// EINVAL as for [`Ring::new`].
     pub fn remap(&mut self, map: Arc<GuestMap>) -> Result<(), Errno> {
-        if !self.size.is_power_of_two() {
+        if !is_size(self.size, false) {
             return Err(Errno::EINVAL);
         }
-        let n = u64::from(self.size);
-        let at = |addr, len, align| map.translate_user(addr, len, align).ok_or(Errno::EINVAL);
-        // VIRTIO 1.3, 2.7: sizes and alignments of the three parts, with the two event fields.
-        let desc = at(self.addrs.desc, DESC_SIZE * n, 16)?;
-        let avail = at(self.addrs.avail, 6 + 2 * n, 2)?;
-        let used = at(self.addrs.used, 6 + 8 * n, 4)?;
+        let [desc, avail, used] = self.addrs.resolve(&map, self.size, false)?;
         self.desc = desc.cast_const().cast();
         self.avail = avail.cast();
         self.used = used.cast();
         self.map = map;
         Ok(())
+    }
+
+    /// Logs our writes there from now on.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        self.log = log;
+    }
+
+    /// The device has written `iov`, memory of a chain that is about to be given back.
+    ///
+    /// The kernel may have written parts of it long before. That is early enough: a front end that has taken their bits
+    /// away meanwhile (there were none) looks at the log a last time after GET_VRING_BASE, which waits for this.
+    #[inline]
+    pub fn log_written(&self, iov: &[IoVec]) {
+        if let Some(log) = &self.log {
+            log.mark_data(&self.map, iov);
+        }
+    }
+
+    /// `len` bytes at `offset` of the used ring have been written.
+    #[inline]
+    fn log_used(&self, offset: usize, len: u64) {
+        if let Some(log) = &self.log {
+            log.mark_used(offset as u64, len);
+        }
     }
 
     /// The guest's memory.
@@ -173,6 +135,16 @@ impl Ring {
     /// The next available index to take.
     pub fn next_avail(&self) -> u16 {
         self.next_avail
+    }
+
+    /// Goes on at another available index.
+    pub fn set_next_avail(&mut self, next: u16) {
+        self.next_avail = next;
+    }
+
+    /// The used index as the guest sees it.
+    pub fn used_idx(&self) -> u16 {
+        self.published
     }
 
     fn atomic(&self, base: *mut u16, index: usize) -> &AtomicU16 {
@@ -232,9 +204,9 @@ impl Ring {
         let mut next = Some(head);
         while let Some(index) = next {
             let desc = walk.read(index)?;
-            next = (flag(&desc, VRING_DESC_F_NEXT)).then_some(desc.next);
-            if !flag(&desc, VRING_DESC_F_INDIRECT) {
-                self.add(&desc, chain);
+            next = desc.has_next().then_some(desc.link);
+            if !desc.is_indirect() {
+                chain.add(&self.map, &desc);
                 continue;
             }
             if !self.indirect {
@@ -250,50 +222,18 @@ impl Ring {
     }
 
     fn read_indirect(&self, desc: &Desc, chain: &mut Chain) -> Result<(), Broken> {
-        let entries = u64::from(desc.len) / DESC_SIZE;
-        if entries == 0 || !u64::from(desc.len).is_multiple_of(DESC_SIZE) {
-            return Err(Broken("an indirect table of a bad length"));
-        }
-        let table = self.map.translate(desc.addr, desc.len.into());
-        let Some(table) = table.filter(|t| t.len() as u64 == u64::from(desc.len)) else {
-            return Err(Broken("an indirect table outside of guest memory"));
-        };
-        let size = usize::try_from(entries).expect("a 32-bit number");
-        let mut walk =
-            Walk { table: table.base().cast_const().cast(), size, left: size.min(CHAIN_MAX) };
+        let (table, size) = desc.table(&self.map)?;
+        let mut walk = Walk { table, size, left: size.min(CHAIN_MAX) };
         let mut next = Some(0);
         while let Some(index) = next {
             let desc = walk.read(index)?;
-            if flag(&desc, VRING_DESC_F_INDIRECT) {
+            if desc.is_indirect() {
                 return Err(Broken("an indirect descriptor in an indirect table"));
             }
-            next = flag(&desc, VRING_DESC_F_NEXT).then_some(desc.next);
-            self.add(&desc, chain);
+            next = desc.has_next().then_some(desc.link);
+            chain.add(&self.map, &desc);
         }
         Ok(())
-    }
-
-    /// Adds one descriptor's memory to `chain`; a range over several regions becomes several.
-    #[inline]
-    fn add(&self, desc: &Desc, chain: &mut Chain) {
-        let writable = flag(desc, VRING_DESC_F_WRITE);
-        if !writable && chain.iov.len() != chain.readable {
-            chain.bad = Some("a descriptor to read after one to write");
-            return;
-        }
-        let (mut addr, mut left) = (desc.addr, u64::from(desc.len));
-        chain.cut &= left == 0;
-        while left > 0 {
-            let Some(v) = self.map.translate(addr, left) else {
-                chain.bad = Some("a descriptor outside of guest memory");
-                chain.cut = true;
-                return;
-            };
-            chain.iov.push(v);
-            chain.readable += usize::from(!writable);
-            left -= v.len() as u64;
-            addr = addr.wrapping_add(v.len() as u64);
-        }
     }
 
     /// Gives the chain at `head` back with `len` bytes written. The guest sees it after [`Ring::publish`].
@@ -307,6 +247,7 @@ impl Ring {
             entry.write_volatile(u32::from(head).to_le());
             entry.add(1).write_volatile(len.to_le());
         }
+        self.log_used(4 + 8 * slot, 8);
         self.next_used = self.next_used.wrapping_add(1);
     }
 
@@ -319,6 +260,7 @@ impl Ring {
         }
         self.published = new;
         self.atomic(self.used, 1).store(new.to_le(), Ordering::Release);
+        self.log_used(2, 2);
         // The store of used.idx must be visible before the guest's wish is read (VIRTIO 1.3, 2.7.7.2).
         fence(Ordering::SeqCst);
         if self.notify_on_empty && nothing_in_flight && !self.has_avail() {
@@ -339,8 +281,10 @@ impl Ring {
             // avail_event lies behind the used ring's entries.
             let at = 2 + 4 * usize::from(self.size);
             self.atomic(self.used, at).store(self.next_avail.to_le(), Ordering::Relaxed);
+            self.log_used(2 * at, 2);
         } else {
             self.atomic(self.used, 0).store(0, Ordering::Relaxed);
+            self.log_used(0, 2);
         }
         // The wish must be visible before we look at avail.idx a last time.
         fence(Ordering::SeqCst);
@@ -351,17 +295,14 @@ impl Ring {
         if !self.event_idx {
             let flag = (VRING_USED_F_NO_NOTIFY as u16).to_le();
             self.atomic(self.used, 0).store(flag, Ordering::Relaxed);
+            self.log_used(0, 2);
         }
     }
 }
 
-fn flag(desc: &Desc, bit: u32) -> bool {
-    u32::from(desc.flags) & bit != 0
-}
-
 /// One descriptor table being followed; `left` descriptors may still come, else it loops.
 struct Walk {
-    table: *const Desc,
+    table: *const [u8; 16],
     size: usize,
     left: usize,
 }
@@ -375,20 +316,17 @@ impl Walk {
         self.left = self.left.checked_sub(1).ok_or(Broken("a chain that is too long or loops"))?;
         // SAFETY: `index < size`, and `size` descriptors from `table` on were checked to be in guest memory. An indirect
         // table may be unaligned. Volatile, because the guest may write it meanwhile: one copy, checked afterwards.
-        let d = unsafe {
-            let p = self.table.add(usize::from(index)).cast::<[u8; 16]>();
-            p.read_volatile()
-        };
+        let d = unsafe { self.table.add(usize::from(index)).read_volatile() };
         let word = |i: usize| u16::from_le_bytes([d[i], d[i + 1]]);
         Ok(Desc {
             addr: u64::from_le_bytes(d[..8].try_into().expect("eight bytes")),
             len: u32::from_le_bytes(d[8..12].try_into().expect("four bytes")),
             flags: word(12),
-            next: word(14),
+            link: word(14),
         })
     }
 }
 
 #[cfg(test)]
 #[path = "ring_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -5,6 +5,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseResult;
+use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::mock::{AvailRing, DescriptorTable, UsedRing};
@@ -12,35 +13,36 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::mem::{Region, Sg};
+use crate::mem::{IoVec, Region, Sg};
 
 const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 
 /// Where things lie in the first region; the largest ring in these tests has 256 entries.
-const DESC: u64 = 0;
-const AVAIL: u64 = 0x1000;
-const USED: u64 = 0x2000;
+pub(in crate::virtio) const DESC: u64 = 0;
+pub(in crate::virtio) const AVAIL: u64 = 0x1000;
+pub(in crate::virtio) const USED: u64 = 0x2000;
 const THEIR_USED: u64 = 0x3000;
-const TABLES: u64 = 0x4000;
+pub(in crate::virtio) const TABLES: u64 = 0x4000;
 /// Guest address and length of the regions: two that touch each other, a hole, a third.
-const REGIONS: [(u64, u64); 3] = [(0, 0x1_0000), (0x1_0000, 0x4000), (0x2_0000, 0x8000)];
-const TOUCH: u64 = REGIONS[1].0;
+pub(in crate::virtio) const REGIONS: [(u64, u64); 3] =
+    [(0, 0x1_0000), (0x1_0000, 0x4000), (0x2_0000, 0x8000)];
+pub(in crate::virtio) const TOUCH: u64 = REGIONS[1].0;
 
-fn user_addr(region: usize) -> u64 {
+pub(in crate::virtio) fn user_addr(region: usize) -> u64 {
     // Neither the guest's addresses nor in their order.
     0x7f00_0000_0000 - ((region as u64) << 28)
 }
 
 /// The same memory twice: as `vm-memory` maps it and as we do.
-struct Guest {
-    mem: GuestMemoryMmap,
-    map: Arc<GuestMap>,
+pub(in crate::virtio) struct Guest {
+    pub(in crate::virtio) mem: GuestMemoryMmap,
+    pub(in crate::virtio) map: Arc<GuestMap>,
 }
 
 impl Guest {
-    fn new() -> Guest {
+    pub(in crate::virtio) fn new() -> Guest {
         // SAFETY: the name is a C string; a returned descriptor is ours.
         let fd = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"ring".as_ptr(), 0)) };
         let file = File::from(fd);
@@ -59,7 +61,7 @@ impl Guest {
         Guest { mem, map: Arc::new(GuestMap::new(ours).unwrap()) }
     }
 
-    fn addrs() -> RingAddrs {
+    pub(in crate::virtio) fn addrs() -> RingAddrs {
         let base = user_addr(0);
         RingAddrs { desc: base + DESC, avail: base + AVAIL, used: base + USED }
     }
@@ -68,7 +70,7 @@ impl Guest {
         Ring::new(Arc::clone(&self.map), Guest::addrs(), size, base, features).unwrap()
     }
 
-    fn put<T: vm_memory::ByteValued>(&self, addr: u64, value: T) {
+    pub(in crate::virtio) fn put<T: vm_memory::ByteValued>(&self, addr: u64, value: T) {
         self.mem.write_obj(value, GuestAddress(addr)).unwrap();
     }
 
@@ -91,7 +93,7 @@ impl Guest {
     }
 
     /// Ranges of ours as guest addresses, neighbours joined.
-    fn guest_ranges(&self, iov: &[IoVec]) -> Vec<(u64, u64)> {
+    pub(in crate::virtio) fn guest_ranges(&self, iov: &[IoVec]) -> Vec<(u64, u64)> {
         joined(iov.iter().map(|v| {
             let at = v.base().addr();
             let region = self.map.regions().iter().find_map(|r| {
@@ -104,7 +106,7 @@ impl Guest {
     }
 }
 
-fn joined(ranges: impl IntoIterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
+pub(in crate::virtio) fn joined(ranges: impl IntoIterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
     let mut out: Vec<(u64, u64)> = Vec::new();
     for (addr, len) in ranges.into_iter().filter(|(_, len)| *len > 0) {
         match out.last_mut() {
@@ -135,7 +137,7 @@ struct Round {
     no_interrupt: bool,
 }
 
-fn range() -> impl Strategy<Value = (u64, u32)> {
+pub(in crate::virtio) fn range() -> impl Strategy<Value = (u64, u32)> {
     let low = REGIONS[1].0 + REGIONS[1].1;
     let (third, end) = (REGIONS[2].0, REGIONS[2].0 + REGIONS[2].1);
     let clip = |(addr, len, end): (u64, u64, u64)| (addr, len.min(end - addr) as u32);

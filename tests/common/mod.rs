@@ -37,6 +37,7 @@ pub fn config() -> ExportConfig {
         serial: "a-serial".into(),
         threads: 4,
         poll_max_ns: 32_768,
+        on_error: Default::default(),
     }
 }
 

@@ -51,6 +51,11 @@ impl Program {
         Client::connect_retry(self.path(node), options).unwrap()
     }
 
+    /// Its process number.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Its directory in `/proc`.
     pub fn proc(&self) -> PathBuf {
         Path::new("/proc").join(self.child.id().to_string())

@@ -123,7 +123,7 @@ const LIES: &[(&str, Lie)] = &[
 /// Starts a queue anew, as a guest does that was reset, and uses it.
 fn revive(client: &mut Client, base: u16) {
     client.stop_queue(0).unwrap();
-    client.set_base(0, Base::At(base));
+    client.set_base(0, Base::At(base.into()));
     client.queue(0).reset(base);
     client.start_queue(0).unwrap();
     let q = client.queue(0);
@@ -238,7 +238,7 @@ fn noise() {
         let (mut broken, mut answered) = (0, 0);
         for round in 0..400u16 {
             mad.reset(round);
-            client.set_base(0, Base::At(round));
+            client.set_base(0, Base::At(round.into()));
             honest(mad.ring().mem(), &scratch);
             client.start_queue(0).unwrap();
             for _ in 0..4 {

@@ -6,11 +6,14 @@
 mod common;
 
 mod cache;
+mod dirty_log;
 mod engines;
 mod hostile;
 mod hostile_requests;
 mod lifecycle;
+mod memory;
 mod model;
+mod packed;
 mod places;
 mod queues;
 mod requests;

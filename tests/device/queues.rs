@@ -104,8 +104,8 @@ fn rings_go_on_where_they_stopped() {
     let mut client = file.disk.connect(Options { base: 65_500, ..options(2, 0) });
     for seed in 0..10 {
         drive(&mut client, &model, seed, 60);
-        let used: Vec<u16> =
-            client.queues_mut().iter_mut().map(|q| q.ring().mem().used_idx()).collect();
+        let used: Vec<u32> =
+            client.queues_mut().iter_mut().map(|q| q.ring().mem().used_idx().into()).collect();
         if seed % 3 == 0 {
             // Another connection: QEMU's way and cloud-hypervisor's, used_idx is not 0.
             client.hang_up().unwrap();

@@ -54,7 +54,7 @@ fn front_ends_with_other_features_each_time() {
 }
 
 /// `work` in one thread for each queue, until the closure `main` of this thread returns; each has done something by then.
-fn while_running(
+pub fn while_running(
     client: &mut Client,
     work: impl Fn(&mut Queue, &mut Random) + Sync,
     main: impl FnOnce(&mut Client, &dyn Fn() -> u64),
@@ -87,7 +87,7 @@ fn while_running(
 }
 
 /// Waits until the guest's threads have made some more requests.
-fn some_more(count: &dyn Fn() -> u64) {
+pub fn some_more(count: &dyn Fn() -> u64) {
     let before = count();
     eventually("more requests are done", || count() >= before + 4);
 }

@@ -19,6 +19,8 @@ pub enum Layout {
     Raw,
     /// A window: offset and size in bytes.
     Window(u64, u64),
+    /// `blkdebug` with blocks of so many bytes and short requests.
+    Debug(u32),
     /// A loop device with sectors of this many bytes.
     HostDevice(u32),
 }
@@ -75,6 +77,16 @@ impl Setup {
             Layout::Raw => {
                 top["driver"] = json!("raw");
                 top["file"] = file;
+            }
+            Layout::Debug(align) => {
+                top["driver"] = json!("blkdebug");
+                (top["image"], top["align"]) = (file, json!(align));
+                for limit in ["max-transfer", "max-write-zero", "max-discard"] {
+                    top[limit] = json!(64 << 10);
+                }
+                for unit in ["opt-write-zero", "opt-discard"] {
+                    top[unit] = json!(8 << 10);
+                }
             }
             Layout::Window(offset, size) => {
                 top["driver"] = json!("raw");

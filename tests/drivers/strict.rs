@@ -1,9 +1,7 @@
 //! A driver that checks what it is promised: every request inside of the node, aligned and limited as it asked. It keeps
 //! its bytes in memory, and lets others run in the middle of each request.
 
-use std::future::poll_fn;
 use std::sync::{Arc, Mutex};
-use std::task::Poll;
 
 use serde_json::{Value, json};
 use vhost_user_blk::block::drivers::TABLE;
@@ -14,6 +12,7 @@ use vhost_user_blk::block::{
 use vhost_user_blk::error::{Errno, Result};
 use vhost_user_blk::mem::Sg;
 use vhost_user_blk::qapi::Options;
+use vhost_user_blk::rt::sync::give_way;
 
 use super::bed::{Disk, Layout, Setup};
 
@@ -105,18 +104,6 @@ pub fn two_raws(row: usize, len: u64) -> (Arc<Graph>, [Arc<Node>; 2]) {
     (graph, raws)
 }
 
-async fn let_others_run() {
-    let mut waited = false;
-    poll_fn(|cx| {
-        if std::mem::replace(&mut waited, true) {
-            return Poll::Ready(());
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
-}
-
 impl Strict {
     fn check(&self, what: &str, offset: u64, len: u64, align: u32, max: u64) {
         let (align, what) = (u64::from(align), format!("{what} of {len} at {offset}"));
@@ -148,19 +135,19 @@ impl Strict {
                 self.check("read", offset, to.len() as u64, l.request_align, max);
                 self.check_memory("read", &to);
                 to.copy_from(&self.bytes.lock().expect("whole")[place(offset, to.len() as u64)]);
-                let_others_run().await;
+                give_way().await;
             }
             Op::Write { offset, from, .. } => {
                 self.check("write", offset, from.len() as u64, l.request_align, max);
                 self.check_memory("write", &from);
-                let_others_run().await;
+                give_way().await;
                 let mut bytes = self.bytes.lock().expect("whole");
                 from.copy_to(&mut bytes[place(offset, from.len() as u64)]);
             }
             Op::WriteZeroes { offset, len, flags } => {
                 let align = l.zeroes_align.max(l.request_align);
                 self.check("write-zeroes", offset, len, align, l.max_zeroes);
-                let_others_run().await;
+                give_way().await;
                 if self.no_zeroes {
                     return Err(Errno::ENOTSUP);
                 }
@@ -172,10 +159,10 @@ impl Strict {
                 let end = offset + len == self.len;
                 self.check("discard", offset, len, if end { 1 } else { align }, l.max_discard);
                 assert!(offset.is_multiple_of(align.into()), "discard at {offset}");
-                let_others_run().await;
+                give_way().await;
                 self.bytes.lock().expect("whole")[place(offset, len)].fill(0);
             }
-            Op::Flush => let_others_run().await,
+            Op::Flush => give_way().await,
         }
         Ok(())
     }

@@ -8,9 +8,12 @@
 mod client;
 mod cloud_hypervisor;
 mod crosvm;
+mod device_state;
 mod firecracker;
 mod fixture;
 mod hostile;
+mod inflight;
+mod log;
 mod mock;
 mod qemu;
 mod script;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use vhost_user_blk::error::Errno;
-use vhost_user_blk::mem::GuestMap;
+use vhost_user_blk::mem::{GuestMap, RingLog};
 use vhost_user_blk::vhost_user::{Device, QueueSetup};
 
 /// What the mock offers: SEG_MAX, BLK_SIZE, FLUSH, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES, INDIRECT_DESC, EVENT_IDX,
@@ -150,12 +150,14 @@ impl Device for Mock {
     fn start_queue(&self, index: u16, setup: QueueSetup) -> Result<(), Errno> {
         let has = |fd: bool, name: &str| if fd { format!(" {name}") } else { String::new() };
         let call = format!(
-            "start {index} base={} size={}{}{}{}",
+            "start {index} base={} size={}{}{}{}{}{}",
             setup.base,
             setup.size,
             has(setup.kick.is_some(), "kick"),
             has(setup.call.is_some(), "call"),
             has(setup.err.is_some(), "err"),
+            has(setup.inflight.is_some(), "inflight"),
+            has(setup.log.is_some(), "log"),
         );
         self.check(setup.features & 1 << 30 == 0, "bit 30 is vhost-user's own");
         self.check(lies_in(&setup.map, &setup), "started with a ring outside of memory");
@@ -165,7 +167,7 @@ impl Device for Mock {
         Ok(())
     }
 
-    fn stop_queue(&self, index: u16) -> Option<u16> {
+    fn stop_queue(&self, index: u16) -> Option<u32> {
         if self.state().busy {
             self.record(format!("draining {index}"));
             let idle = self.changed.wait_timeout_while(self.state(), PATIENCE, |s| s.busy);
@@ -177,7 +179,7 @@ impl Device for Mock {
         let progress = state.progress.remove(&index).unwrap_or(0);
         drop(state);
         self.record(format!("stop {index}"));
-        setup.map(|s| s.base.wrapping_add(progress))
+        setup.map(|s| u16::try_from(s.base).expect("split").wrapping_add(progress).into())
     }
 
     fn set_call(&self, index: u16, call: Option<std::os::fd::OwnedFd>) {
@@ -188,6 +190,13 @@ impl Device for Mock {
     fn set_err(&self, index: u16, err: Option<std::os::fd::OwnedFd>) {
         self.check(self.state().running.contains_key(&index), "set_err on a stopped ring");
         self.record(format!("err {index} {}", err.is_some()));
+    }
+
+    fn set_log(&self, index: u16, log: Option<RingLog>) {
+        self.check(self.state().running.contains_key(&index), "set_log on a stopped ring");
+        let used = |l: &RingLog| l.used.map_or("none".into(), |at| format!("{at:#x}"));
+        let describe = |l: RingLog| format!("data={} used={}", l.data, used(&l));
+        self.record(format!("log {index} {}", log.map_or("off".into(), describe)));
     }
 
     fn set_memory(&self, map: Arc<GuestMap>, drain: bool) {

@@ -2,7 +2,7 @@
 //!
 //! * `> NAME [need_reply] [key=value ...] [fd | fds=N]`: the front end sends this. Keys: `q`, `num`, `bits` (a list
 //!   of bit numbers), `u64`, `off`, `size`, `flags`, `slots` (a list of memory regions);
-//! * `< ...`: the reply to it: a number, `q num`, or `config`. What has no such line must have no reply;
+//! * `< ...`: the reply to it: a number, `q num`, `config`, or `log` (the description of SET_LOG_BASE). What has no such line must have no reply;
 //! * `= ...`: the device is called so. All calls must be listed, in order;
 //! * `! progress Q N`: ring Q takes N requests before it is stopped next;
 //! * `# ...`: a comment.
@@ -98,6 +98,10 @@ fn send<'a>(client: &Client, line: &'a str) -> (u32, &'a str) {
         SET_FEATURES | SET_PROTOCOL_FEATURES => {
             u64_bytes(list("bits").iter().fold(0, |all, bit| all | 1 << bit))
         }
+        SET_LOG_BASE => {
+            fds = vec![memory_file(field("size"))];
+            LogPlace { size: field("size"), mmap_offset: 0 }.to_bytes()
+        }
         SET_STATUS => u64_bytes(field("u64")),
         SET_VRING_KICK | SET_VRING_CALL | SET_VRING_ERR => u64_bytes(field("q")),
         SET_VRING_NUM | SET_VRING_BASE | GET_VRING_BASE | SET_VRING_ENABLE => {
@@ -145,6 +149,10 @@ fn check_reply(reply: &[u8], expected: &str, sent: &HashMap<&str, &str>) {
             let [offset, size] = [offset, size].map(|n| u32::try_from(n).unwrap());
             assert_eq!(reply[..8], config_bytes(offset, size, 0, &[])[..8]);
             assert_eq!(reply[12..], contents);
+        }
+        ["log"] => {
+            let place = LogPlace { size: number(sent["size"]), mmap_offset: 0 };
+            assert_eq!(reply, place.to_bytes());
         }
         [q, num] => {
             assert_eq!(reply, state_bytes(q.parse().unwrap(), num.parse().unwrap()));

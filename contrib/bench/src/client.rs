@@ -16,16 +16,18 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::blk::{CONFIG_LEN, Config};
 use crate::error::{Error, Result, io_err};
 use crate::mem::{Buf, GuestMem, RegionInfo};
+use crate::packed::{Packed, WRAP};
 use crate::proto::{
     Conn, F_PROTOCOL_FEATURES, InflightDesc, mem_table, one_region, pf, req, vring_addr,
 };
-use crate::queue::Queue;
+use crate::queue::{Driver, Queue};
 use crate::ring::{Ring, RingMem};
 
 /// Feature bits this driver can honour.
 pub const KNOWN_FEATURES: u64 = 1 << vc::VIRTIO_F_VERSION_1
     | 1 << vr::VIRTIO_RING_F_INDIRECT_DESC
     | 1 << vr::VIRTIO_RING_F_EVENT_IDX
+    | 1 << vc::VIRTIO_F_RING_PACKED
     | F_PROTOCOL_FEATURES
     | 1 << vb::VIRTIO_BLK_F_SIZE_MAX
     | 1 << vb::VIRTIO_BLK_F_SEG_MAX
@@ -66,7 +68,7 @@ pub enum Base {
     /// At `avail.idx`: cloud-hypervisor.
     Avail,
     /// Anywhere.
-    At(u16),
+    At(u32),
 }
 
 /// What the guest wants.
@@ -86,6 +88,8 @@ pub struct Options {
     pub event_idx: bool,
     /// Acknowledge INDIRECT_DESC and use it.
     pub indirect: bool,
+    /// Acknowledge RING_PACKED.
+    pub packed: bool,
     /// Bytes per memory region.
     pub mem_size: usize,
     /// Memory regions.
@@ -98,7 +102,7 @@ pub struct Options {
     pub backend_channel: bool,
     /// Poll for completions instead of waiting on the call eventfd.
     pub polling: bool,
-    /// First index of the rings.
+    /// First index of the rings; of packed ones the first position, in the second round plus 0x8000.
     pub base: u16,
     /// Start the rings at once.
     pub start: bool,
@@ -116,6 +120,7 @@ impl Default for Options {
             want_protocol: DEFAULT_PROTOCOL,
             event_idx: true,
             indirect: true,
+            packed: false,
             mem_size: 64 << 20,
             mem_regions: 1,
             mem_style: MemStyle::Auto,
@@ -132,11 +137,15 @@ impl Default for Options {
 /// What the protocol must know of a queue, wherever the `Queue` itself has gone.
 #[derive(Debug)]
 struct Wiring {
-    ring: RingMem,
+    /// Of a split ring.
+    ring: Option<RingMem>,
+    size: u16,
+    /// User addresses of the three parts.
+    parts: [u64; 3],
     kick: EventFd,
     call: EventFd,
     err: EventFd,
-    base: u16,
+    base: u32,
 }
 
 /// A connected guest.
@@ -222,6 +231,7 @@ impl Client {
         for (on, bit) in [
             (opts.event_idx, vr::VIRTIO_RING_F_EVENT_IDX),
             (opts.indirect, vr::VIRTIO_RING_F_INDIRECT_DESC),
+            (opts.packed, vc::VIRTIO_F_RING_PACKED),
             (opts.queues > 1, vb::VIRTIO_BLK_F_MQ),
         ] {
             if !on {
@@ -265,21 +275,38 @@ impl Client {
     fn make_queues(&mut self) -> Result<()> {
         let event_idx = self.acked & 1 << vr::VIRTIO_RING_F_EVENT_IDX != 0;
         let indirect = self.acked & 1 << vr::VIRTIO_RING_F_INDIRECT_DESC != 0;
+        let packed = self.has_feature(vc::VIRTIO_F_RING_PACKED);
         for index in 0..self.opts.queues {
-            let areas = RingMem::new(&self.mem, self.opts.queue_size)?;
-            let view = |b: &Buf| self.mem.view(b.gpa(), b.len()).ok_or(Error::OutOfMemory(b.len()));
-            let ring = RingMem::over(view(&areas.desc)?, view(&areas.avail)?, view(&areas.used)?);
-            let mut driver = Ring::new(areas, event_idx);
-            driver.reset(self.opts.base);
+            let size = self.opts.queue_size;
+            let (driver, ring, parts, base) = if packed {
+                let mut driver = Packed::new(&self.mem, size, event_idx)?;
+                // The wrap counters begin with 1.
+                let base = self.opts.base ^ WRAP;
+                driver.reset(base);
+                let parts = [&driver.desc, &driver.driver, &driver.device].map(Buf::user_addr);
+                (Driver::Packed(driver), None, parts, u32::from(base) << 16 | u32::from(base))
+            } else {
+                let areas = RingMem::new(&self.mem, size)?;
+                let view =
+                    |b: &Buf| self.mem.view(b.gpa(), b.len()).ok_or(Error::OutOfMemory(b.len()));
+                let ring =
+                    RingMem::over(view(&areas.desc)?, view(&areas.avail)?, view(&areas.used)?);
+                let parts = [&areas.desc, &areas.avail, &areas.used].map(Buf::user_addr);
+                let mut driver = Ring::new(areas, event_idx);
+                driver.reset(self.opts.base);
+                (driver.into(), Some(ring), parts, self.opts.base.into())
+            };
             let mut queue = Queue::new(index, &self.mem, driver, self.opts.polling)?;
             (queue.indirect, queue.timeout) = (indirect, self.opts.timeout);
             let copy = |fd: &EventFd| fd.try_clone().map_err(io_err("dup of eventfd"));
             self.wiring.push(Wiring {
                 ring,
+                size,
+                parts,
                 kick: copy(queue.kick_fd())?,
                 call: copy(queue.call_fd())?,
                 err: copy(queue.err_fd())?,
-                base: self.opts.base,
+                base,
             });
             self.queues.push(queue);
         }
@@ -367,10 +394,10 @@ impl Client {
         let i = number(index);
         self.conn.set_vring_fd(req::SET_VRING_CALL, i, Some(w.call.as_raw_fd()))?;
         self.conn.set_vring_fd(req::SET_VRING_ERR, i, Some(w.err.as_raw_fd()))?;
-        self.conn.set_vring(req::SET_VRING_NUM, i, u32::from(w.ring.size()))?;
-        self.conn.set_vring(req::SET_VRING_BASE, i, u32::from(w.base))?;
-        let (desc, used) = (w.ring.desc.user_addr(), w.ring.used.user_addr());
-        let body = vring_addr(i, 0, desc, used, w.ring.avail.user_addr(), 0);
+        self.conn.set_vring(req::SET_VRING_NUM, i, u32::from(w.size))?;
+        self.conn.set_vring(req::SET_VRING_BASE, i, w.base)?;
+        let [desc, avail, used] = w.parts;
+        let body = vring_addr(i, 0, desc, used, avail, 0);
         self.conn.set(req::SET_VRING_ADDR, &body, &[])?;
         self.conn.set_vring_fd(req::SET_VRING_KICK, i, Some(w.kick.as_raw_fd()))?;
         if self.acked & F_PROTOCOL_FEATURES != 0 {
@@ -391,10 +418,11 @@ impl Client {
     ///
     /// # Errors
     /// As `Conn::get_vring_base`.
-    pub fn stop_queue(&mut self, index: usize) -> Result<u16> {
+    pub fn stop_queue(&mut self, index: usize) -> Result<u32> {
         let base = self.conn.get_vring_base(number(index))?;
-        let base = u16::try_from(base)
-            .map_err(|_| Error::Protocol(format!("vring base {base:#x} of a split ring")))?;
+        if self.wiring[index].ring.is_some() && base > u16::MAX.into() {
+            return Err(Error::Protocol(format!("vring base {base:#x} of a split ring")));
+        }
         self.wiring[index].base = base;
         Ok(base)
     }
@@ -403,7 +431,7 @@ impl Client {
     ///
     /// # Errors
     /// Any of this crate's.
-    pub fn stop(&mut self) -> Result<Vec<u16>> {
+    pub fn stop(&mut self) -> Result<Vec<u32>> {
         if self.acked & F_PROTOCOL_FEATURES != 0 {
             (0..self.wiring.len()).try_for_each(|i| self.enable_queue(i, false))?;
         }
@@ -411,11 +439,15 @@ impl Client {
     }
 
     /// Sets where a ring goes on at its next start.
+    ///
+    /// # Panics
+    /// When a packed ring is to go on at an index of its own: it has none.
     pub fn set_base(&mut self, index: usize, base: Base) {
         let w = &mut self.wiring[index];
+        let ring = || w.ring.as_ref().expect("a split ring");
         w.base = match base {
-            Base::Used => w.ring.used_idx(),
-            Base::Avail => w.ring.avail_idx(),
+            Base::Used => ring().used_idx().into(),
+            Base::Avail => ring().avail_idx().into(),
             Base::At(base) => base,
         };
     }
@@ -426,8 +458,12 @@ impl Client {
     /// As `Conn::set`.
     pub fn reset_device(&mut self) -> Result<()> {
         self.conn.set(req::RESET_DEVICE, &[], &[])?;
-        self.queues.iter_mut().for_each(|q| q.reset(0));
-        self.wiring.iter_mut().for_each(|w| w.base = 0);
+        let first = if self.has_feature(vc::VIRTIO_F_RING_PACKED) { WRAP } else { 0 };
+        self.queues.iter_mut().for_each(|q| q.reset(first));
+        let both = |w: &Wiring| {
+            if w.ring.is_some() { 0 } else { u32::from(first) << 16 | u32::from(first) }
+        };
+        self.wiring.iter_mut().for_each(|w| w.base = both(w));
         Ok(())
     }
 

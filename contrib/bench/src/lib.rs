@@ -5,6 +5,7 @@
 //!     |- Conn     any message, any bytes, any fds              proto.rs
 //!     |- GuestMem memfd regions, Buf                           mem.rs
 //!     `- Queue    read/write/flush/..., submit/poll/wait       queue.rs
+//!          |- Packed   a packed ring's driver side             packed.rs
 //!          `- Ring     a split ring's driver side              ring.rs
 //!               `- RingMem  the bytes of the ring, all of them
 //! ```
@@ -28,6 +29,7 @@ mod client;
 mod error;
 pub mod fake;
 pub mod mem;
+pub mod packed;
 pub mod proto;
 mod queue;
 pub mod ring;
@@ -38,8 +40,9 @@ pub use client::{
 };
 pub use error::{Error, Result, Status};
 pub use mem::{Buf, GuestMem};
+pub use packed::Packed;
 pub use proto::Conn;
-pub use queue::{Done, Layout, Queue};
+pub use queue::{Done, Driver, Layout, Queue};
 
 /// Limit of every wait unless told otherwise.
 pub const TIMEOUT: Duration = Duration::from_secs(10);

@@ -131,6 +131,9 @@ pub struct Job {
     /// Do not use EVENT_IDX
     #[arg(long)]
     pub no_event_idx: bool,
+    /// Have requests in flight tracked (INFLIGHT_SHMFD)
+    #[arg(long)]
+    pub inflight: bool,
     /// Pin client threads, the first to this CPU
     #[arg(long)]
     pub pin: Option<usize>,
@@ -207,6 +210,7 @@ impl Job {
             queues: self.queues,
             queue_size: self.queue_size,
             event_idx: !self.no_event_idx,
+            inflight: self.inflight,
             indirect: !self.no_indirect,
             polling: self.client == Mode::Poll,
             mem_size: usize::try_from(mem).unwrap_or(usize::MAX),

@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::blk::{HEADER_LEN, Range, Request, UNWRITTEN};
 use crate::error::{Error, Result, Status, io_err};
 use crate::mem::{Buf, GuestMem};
+use crate::packed::Packed;
 use crate::ring::{DESC_LEN, Ring, Seg};
 use crate::sys;
 
@@ -82,12 +83,46 @@ struct Slot {
     inn: Vec<Buf>,
 }
 
+/// A ring's driver, of either kind.
+#[derive(Debug)]
+pub enum Driver {
+    /// Of a split ring.
+    Split(Ring),
+    /// Of a packed ring.
+    Packed(Packed),
+}
+
+/// The same call of either kind.
+macro_rules! either {
+    ($driver:expr, $ring:ident => $call:expr) => {
+        match $driver {
+            Driver::Split($ring) => $call,
+            Driver::Packed($ring) => $call,
+        }
+    };
+}
+
+impl Driver {
+    fn size(&self) -> u16 {
+        match self {
+            Driver::Split(ring) => ring.mem().size(),
+            Driver::Packed(ring) => ring.size(),
+        }
+    }
+}
+
+impl From<Ring> for Driver {
+    fn from(ring: Ring) -> Self {
+        Driver::Split(ring)
+    }
+}
+
 /// A virtqueue and what is in flight on it.
 #[derive(Debug)]
 pub struct Queue {
     index: u16,
     mem: Arc<GuestMem>,
-    ring: Ring,
+    ring: Driver,
     kick: EventFd,
     call: EventFd,
     err: EventFd,
@@ -111,12 +146,18 @@ impl Queue {
     ///
     /// # Errors
     /// `Io`
-    pub fn new(index: u16, mem: &Arc<GuestMem>, mut ring: Ring, polling: bool) -> Result<Self> {
-        let size = usize::from(ring.mem().size());
+    pub fn new(
+        index: u16,
+        mem: &Arc<GuestMem>,
+        ring: impl Into<Driver>,
+        polling: bool,
+    ) -> Result<Self> {
+        let mut ring = ring.into();
+        let size = usize::from(ring.size());
         let event =
             || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(io_err("eventfd"));
         if polling {
-            ring.disarm();
+            either!(&mut ring, r => r.disarm());
         }
         Ok(Self {
             index,
@@ -149,9 +190,22 @@ impl Queue {
         &self.mem
     }
 
-    /// The ring driver, for tests which build chains by hand.
+    /// The split ring's driver, for tests which build chains by hand.
+    ///
+    /// # Panics
+    /// When the ring is packed.
     pub fn ring(&mut self) -> &mut Ring {
-        &mut self.ring
+        let Driver::Split(ring) = &mut self.ring else { panic!("a packed ring") };
+        ring
+    }
+
+    /// The packed ring's driver, likewise.
+    ///
+    /// # Panics
+    /// When the ring is split.
+    pub fn packed(&mut self) -> &mut Packed {
+        let Driver::Packed(ring) = &mut self.ring else { panic!("a split ring") };
+        ring
     }
 
     /// The kick eventfd.
@@ -230,17 +284,17 @@ impl Queue {
     /// `Timeout`
     pub fn wait_used_idx(&mut self, from: u16, n: u16) -> Result<()> {
         self.spin("used index", |q| {
-            Ok((q.ring.mem().used_idx().wrapping_sub(from) >= n).then_some(()))
+            Ok((q.ring().mem().used_idx().wrapping_sub(from) >= n).then_some(()))
         })
     }
 
     /// Forgets everything in flight and starts the ring anew at `base`, as a rebooted guest does.
     pub fn reset(&mut self, base: u16) {
-        self.ring.reset(base);
+        either!(&mut self.ring, r => r.reset(base));
         self.slots.iter_mut().for_each(|s| *s = None);
         self.done.clear();
         if self.polling {
-            self.ring.disarm();
+            either!(&mut self.ring, r => r.disarm());
         }
     }
 
@@ -262,9 +316,10 @@ impl Queue {
         segs.push(Seg::inn(own.gpa() + STATUS_AT as u64, 1));
         let head = if self.indirect {
             let table = self.mem.view(own.gpa() + TABLE_AT as u64, segs.len() * DESC_LEN);
-            self.ring.add_indirect(&table.ok_or(Error::OutOfMemory(own.len()))?, &segs)?
+            let table = table.ok_or(Error::OutOfMemory(own.len()))?;
+            either!(&mut self.ring, r => r.add_indirect(&table, &segs))?
         } else {
-            self.ring.add(&segs)?
+            either!(&mut self.ring, r => r.add(&segs))?
         };
         self.next_tag += 1;
         let tag = self.next_tag;
@@ -279,7 +334,7 @@ impl Queue {
     pub fn push_chain(&mut self, segs: &[Seg]) -> Result<u64> {
         let own = self.mem.alloc(TABLE_AT, 64)?;
         own.fill(Status::POISON);
-        let head = self.ring.add(segs)?;
+        let head = either!(&mut self.ring, r => r.add(segs))?;
         self.next_tag += 1;
         let (out, inn) = (Vec::new(), Vec::new());
         let slot = Slot { tag: self.next_tag, kind: u32::MAX, own, out, inn };
@@ -292,8 +347,8 @@ impl Queue {
     /// # Errors
     /// `Io`
     pub fn kick(&mut self) -> Result<bool> {
-        self.ring.publish();
-        let wanted = self.ring.needs_kick();
+        either!(&mut self.ring, r => r.publish());
+        let wanted = either!(&mut self.ring, r => r.needs_kick());
         if wanted {
             self.notify()?;
         }
@@ -331,8 +386,8 @@ impl Queue {
     }
 
     fn poll_ring(&mut self) -> Result<Option<Done>> {
-        let used_idx = self.ring.last_used();
-        let Some(used) = self.ring.pop_used()? else { return Ok(None) };
+        let used_idx = either!(&self.ring, r => r.last_used());
+        let Some(used) = either!(&mut self.ring, r => r.pop_used())? else { return Ok(None) };
         let slot = self.slots.get_mut(used.id as usize).and_then(Option::take);
         let Slot { tag, kind, own, out, inn } = slot.ok_or(Error::UnexpectedUsed(used.id))?;
         let status = Status::from_byte(own.u8_at(STATUS_AT).load(Ordering::Acquire));
@@ -359,11 +414,11 @@ impl Queue {
             if let Some(done) = self.poll_ring()? {
                 return Ok(done);
             }
-            if self.ring.arm() {
+            if either!(&mut self.ring, r => r.arm()) {
                 continue;
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            if !self.drain_call(left)? && !self.ring.has_used() {
+            if !self.drain_call(left)? && !either!(&self.ring, r => r.has_used()) {
                 return Err(Error::Timeout { what: "completion", after: self.timeout });
             }
         }

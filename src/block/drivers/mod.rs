@@ -3,6 +3,7 @@
 
 use super::DriverDef;
 
+pub mod blkdebug;
 pub mod file;
 pub mod host_device;
 pub mod null;
@@ -18,5 +19,6 @@ pub static TABLE: &[&DriverDef] = &[
     &null::NULL_AIO,
     &null::NULL_CO,
     &qcow2::QCOW2,
+    &blkdebug::BLKDEBUG,
     &raw::RAW,
 ];

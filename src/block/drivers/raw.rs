@@ -9,7 +9,8 @@ use serde_json::Value;
 use crate::block::node::SECTOR;
 use crate::block::perm::{ChildPermQuery, Perm, Perms, default_child_perms};
 use crate::block::{
-    Dir, Driver, DriverDef, DriverKind, Edge, IoFuture, Limits, Map, Op, OpenArgs, Recognises, Role,
+    Dir, Driver, DriverDef, DriverKind, Edge, Event, IoFuture, Limits, Map, Op, OpenArgs,
+    Recognises, Role,
 };
 use crate::err;
 use crate::error::{Errno, Result};
@@ -110,6 +111,12 @@ impl Driver for Raw {
     fn submit<'a>(&'a self, op: Op<'a>) -> IoFuture<'a> {
         let add = self.offset;
         let node = &self.child().node;
+        match op {
+            Op::Read { .. } => node.event(Event::ReadAio),
+            Op::Write { .. } => node.event(Event::WriteAio),
+            Op::Flush => node.event(Event::FlushToDisk),
+            Op::WriteZeroes { .. } | Op::Discard { .. } => {}
+        }
         node.submit(match op {
             Op::Read { offset, to } => Op::Read { offset: offset + add, to },
             Op::Write { offset, from, flags } => Op::Write { offset: offset + add, from, flags },
@@ -127,6 +134,14 @@ impl Driver for Raw {
             (Some(_), _) => Box::pin(std::future::ready(Err(Errno::ENOTSUP))),
             (None, None) => Box::pin(std::future::ready(Err(Errno(libc::EFBIG)))),
         }
+    }
+
+    fn follows_medium(&self) -> bool {
+        self.size.is_none() && self.child().node.driver().follows_medium()
+    }
+
+    fn look_at_len(&self) -> Option<u64> {
+        self.child().node.driver().look_at_len()
     }
 
     fn preallocate(&self, offset: u64, len: u64) -> IoFuture<'_> {

@@ -290,6 +290,18 @@ impl Driver for Medium {
         }
     }
 
+    fn follows_medium(&self) -> bool {
+        self.kind != Kind::Char
+    }
+
+    fn look_at_len(&self) -> Option<u64> {
+        // Before: a write of our own past the end may come in between.
+        let known = self.len();
+        let found = posix::end(self.file.fd()).ok()?;
+        self.len.fetch_max(found, Ordering::Relaxed);
+        (found < known).then_some(found)
+    }
+
     fn preallocate(&self, offset: u64, len: u64) -> IoFuture<'_> {
         Box::pin(self.make_room(offset, len))
     }

@@ -15,7 +15,7 @@ use super::layout::{
     subcluster,
 };
 use crate::block::driver::{ResolveFuture, Resolver};
-use crate::block::{IoFuture, Map, Node};
+use crate::block::{Event, IoFuture, Map, Node};
 use crate::error::Errno;
 use crate::mem::Sg;
 use crate::rt::{Buffer, grace};
@@ -243,6 +243,7 @@ impl Image {
         if at.0 + bytes > self.file().len() {
             return Err(self.table_beyond_end(table, self.geometry.l1_index(guest)));
         }
+        self.file().event(Event::L2Load);
         Disk::new(self.file()).fetch(at.0, bytes).await
     }
 
@@ -318,6 +319,7 @@ impl Image {
                 Hex(at)
             )));
         }
+        self.file().event(Event::ReadCompressed);
         let buffer = Disk::new(self.file()).fetch(at, len).await?;
         Ok(buffer.bytes().to_vec())
     }
@@ -328,10 +330,16 @@ impl Image {
         let (place, n) = self.extent(mapping, guest, len);
         let map = match place {
             Place::Zero => Map::Zero,
-            Place::Data(HostOffset(offset)) => Map::Child { child: self.data(), offset },
+            Place::Data(HostOffset(offset)) => {
+                self.data().event(Event::ReadAio);
+                Map::Child { child: self.data(), offset }
+            }
             Place::Backing => match self.backing() {
                 None => Map::Zero,
-                Some(child) => Map::Child { child, offset },
+                Some(child) => {
+                    self.file().event(Event::ReadBackingAio);
+                    Map::Child { child, offset }
+                }
             },
             Place::Compressed(_) => Map::Slow,
         };

@@ -14,7 +14,7 @@ use super::{Meta, Writing};
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::layout::GuestOffset;
 use crate::block::walk::{self, Crew};
-use crate::block::{Op, WriteFlags};
+use crate::block::{Event, Op, WriteFlags};
 use crate::error::Errno;
 use crate::mem::{IoVec, Sg};
 use crate::rt::{Buffer, grace};
@@ -100,6 +100,7 @@ impl Image {
         // The entry itself may not be on disk yet: then a flush of everything is needed.
         let alone = fua && (w.is_stable() || broken(Mutation::FuaOfDataOnly));
         let flags = if alone { flags } else { flags - WriteFlags::FUA };
+        self.data().event(Event::WriteAio);
         self.data().submit(Op::Write { offset: host, from, flags }).await?;
         self.stable(fua && !alone).await
     }
@@ -198,6 +199,10 @@ impl Image {
         debug_assert!(Sg::new(&iov).len() as u64 <= len, "a fill writes no more than it said");
         // Here LUKS encrypts: data and padding, by `offset`.
         let op = Op::Write { offset, from: Sg::new(&iov), flags: WriteFlags::empty() };
+        if pads.is_some() {
+            self.data().event(Event::CowWrite);
+        }
+        self.data().event(Event::WriteAio);
         self.data().submit(op).await
     }
 
@@ -210,6 +215,7 @@ impl Image {
         let align = self.data().driver().limits().mem_align.max(512) as usize;
         let mut buffer = Buffer::recycled(len, align);
         let mut read = Vec::with_capacity(2);
+        self.file().event(Event::CowRead);
         for (pad, range) in [
             (fill.head, fill.write.start..fill.data.start),
             (fill.tail, fill.data.end..fill.write.end),

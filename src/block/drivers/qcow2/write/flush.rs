@@ -39,13 +39,13 @@ use std::sync::atomic::Ordering;
 use super::Writing;
 use super::commit::Turn;
 use super::mutation::{Mutation, broken};
-use crate::block::Op;
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::cache::SliceCopy;
 use crate::block::drivers::qcow2::check::disk::Disk;
 use crate::block::drivers::qcow2::layout::HostOffset;
 use crate::block::drivers::qcow2::refcount::Snapshot;
 use crate::block::walk::Crew;
+use crate::block::{Event, Op};
 use crate::error::Errno;
 
 /// What one flush writes: how everything was at one moment.
@@ -93,6 +93,7 @@ impl Image {
         }
         let too = w.refcounts_too.swap(false, Ordering::Relaxed);
         w.hurry.store(false, Ordering::Relaxed);
+        self.file().event(Event::FlushToOs);
         if w.is_stable() && !too {
             return self.sync().await;
         }
@@ -150,6 +151,7 @@ impl Image {
         for copy in &copies.slices {
             match self.place_of(copy.slice) {
                 Ok((table, inside)) => {
+                    self.file().event(Event::L2Update);
                     crew.add(Box::pin(self.write_slice(copy, table.plus(inside)))).await;
                 }
                 Err(e) => crew.failed(e),
@@ -158,6 +160,7 @@ impl Image {
         // An L1 entry was set when its table was complete on disk, by the first fdatasync stably so: it need not wait for slices.
         let (table, _) = self.l1_place();
         for (offset, bytes) in &copies.l1 {
+            self.file().event(Event::L1Update);
             crew.add(Box::pin(disk.store(table.plus(*offset).0, bytes))).await;
         }
         crew.finish().await?;
@@ -181,6 +184,7 @@ impl Image {
         let disk = Disk::new(self.file());
         let mut crew = Crew::default();
         for (at, bytes) in &refcounts.blocks {
+            self.file().event(Event::RefblockUpdatePart);
             crew.add(Box::pin(disk.store(at.0, bytes))).await;
         }
         crew.finish().await?;
@@ -192,12 +196,20 @@ impl Image {
         if refcounts.table.is_empty() {
             return Ok(());
         }
+        let moved = refcounts.header.is_some();
         for (at, bytes) in &refcounts.table {
+            self.file().event(match moved {
+                true => Event::RefblockAllocWriteTable,
+                false => Event::RefblockAllocHookup,
+            });
             disk.store(at.0, bytes).await?;
         }
         match refcounts.header {
             // Flushes before and after.
-            Some(bytes) => w.header.set_reftable(self.file(), bytes).await,
+            Some(bytes) => {
+                self.file().event(Event::RefblockAllocSwitchTable);
+                w.header.set_reftable(self.file(), bytes).await
+            }
             None => self.sync().await,
         }
     }
@@ -205,8 +217,10 @@ impl Image {
     /// Everything that was written is stable, guest data too.
     async fn sync(&self) -> Result<(), Errno> {
         if self.geometry.data_file && !broken(Mutation::NoDataFileFlush) {
+            self.data().event(Event::FlushToDisk);
             self.data().submit(Op::Flush).await?;
         }
+        self.file().event(Event::FlushToDisk);
         self.file().submit(Op::Flush).await
     }
 

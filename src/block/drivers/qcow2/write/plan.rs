@@ -7,6 +7,7 @@ use std::task::Waker;
 use super::limbo::Freed;
 use super::mutation::{Mutation, broken};
 use super::{Meta, Writing};
+use crate::block::Event;
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::layout::{
     BadEntry, GuestOffset, HostOffset, L1Entry, L2Entry, Mapping, Subcluster, subcluster,
@@ -272,6 +273,7 @@ impl Image {
             (HostOffset(start.0), None)
         } else {
             let want = old.len() as u64;
+            self.file().event(Event::ClusterAlloc);
             let run = match w.tight.load(Ordering::Relaxed) {
                 true => meta.refcounts.allocate(want, None),
                 false => meta.streams.allocate(&mut meta.refcounts, first, want),

@@ -14,7 +14,7 @@ use crate::block::drivers::qcow2::header::Extension;
 use crate::block::drivers::qcow2::layout::{GuestOffset, HostOffset, Mapping};
 use crate::block::drivers::qcow2::options::Overlap;
 use crate::block::drivers::qcow2::refcount::Blocked;
-use crate::block::{Op, WriteFlags, ZeroFlags};
+use crate::block::{Event, Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
 use crate::mem::Sg;
 use crate::rt::Buffer;
@@ -168,6 +168,7 @@ impl Image {
         let (old, old_len) = self.l1_place();
         let count = self.l1_clusters(entries);
         let too_long = |_| Errno(libc::EFBIG);
+        self.file().event(Event::L1GrowAllocTable);
         let entries32 = u32::try_from(entries).map_err(too_long)?;
         let old_entries = u32::try_from(self.l1.len()).map_err(too_long)?;
         let first = self.contiguous(w, count).await?;
@@ -182,6 +183,7 @@ impl Image {
             w.lock().limbo.push_ready(table(first, count));
             return Err(e);
         }
+        self.file().event(Event::L1GrowActivateTable);
         if let Err(e) = w.header.set_l1(self.file(), place, entries32).await {
             log::error!("qcow2: the L1 table could not be moved to {:#x}: {e}", place.0);
             // The header may lead to either table: to the old one again, or nobody can go on.
@@ -223,6 +225,7 @@ impl Image {
             file.submit(Op::Read { offset: old.0, to: Sg::new(&[part]) }).await?;
         }
         let flags = WriteFlags::empty();
+        file.event(Event::L1GrowWriteTable);
         file.submit(Op::Write { offset: place.0, from: Sg::new(&iov), flags }).await
     }
 

@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::limbo::Freed;
-use super::zero::give_way;
 use super::{LONGER_FILE, ROOM_FOR_TABLES, Writing};
+use crate::block::Event;
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::check::disk::Disk;
 use crate::block::drivers::qcow2::flight::Turn;
@@ -15,6 +15,7 @@ use crate::block::drivers::qcow2::options::Overlap;
 use crate::block::drivers::qcow2::refcount::{Blocked, Damage};
 use crate::error::Errno;
 use crate::rt;
+use crate::rt::sync::give_way;
 
 /// By how much the file grows at a time: an eighth of its length between these, in bytes.
 const WINDOW_MIN: u64 = 1 << 20;
@@ -71,6 +72,7 @@ impl Image {
             Turn::Mine(flight) => flight,
         };
         let disk = Disk::new(self.file());
+        self.file().event(Event::RefblockLoad);
         let buffer = disk.fetch(offset.0, self.geometry.cluster_size()).await?;
         match w.lock().refcounts.load(index, buffer.bytes()) {
             Ok(()) => Ok(()),
@@ -234,6 +236,7 @@ impl Image {
                 at += 1;
                 count += 1;
             }
+            self.file().event(Event::ClusterFree);
             Disk::new(self.file()).discard(first << bits, count << bits).await;
             at += usize::from(count == 0);
         }

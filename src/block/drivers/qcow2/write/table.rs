@@ -12,7 +12,7 @@ use crate::block::drivers::qcow2::check::disk::Disk;
 use crate::block::drivers::qcow2::flight::Turn;
 use crate::block::drivers::qcow2::layout::{GuestOffset, HostOffset, L1Entry};
 use crate::block::drivers::qcow2::options::Overlap;
-use crate::block::{Op, ZeroFlags};
+use crate::block::{Event, Op, ZeroFlags};
 use crate::error::Errno;
 use crate::rt::grace;
 
@@ -134,6 +134,7 @@ impl Image {
             return Ok(());
         }
         let (offset, len) = (table.0, self.geometry.cluster_size());
+        self.file().event(Event::L2AllocWrite);
         let flags = ZeroFlags::empty();
         self.file().submit(Op::WriteZeroes { offset, len, flags }).await
     }
@@ -149,7 +150,10 @@ impl Image {
             return Err(self.table_beyond_end(from, l1_index));
         }
         let disk = Disk::new(self.file());
-        disk.store(to.0, disk.fetch(from.0, len).await?.bytes()).await
+        self.file().event(Event::L2AllocCowRead);
+        let bytes = disk.fetch(from.0, len).await?;
+        self.file().event(Event::L2AllocWrite);
+        disk.store(to.0, bytes.bytes()).await
     }
 
     /// The first slice of a new table need not be read. Before the L1 entry is set: nobody can have changed an entry of it yet.

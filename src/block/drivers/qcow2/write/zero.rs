@@ -24,6 +24,7 @@ use crate::block::drivers::qcow2::layout::{GuestOffset, L1Entry, L2Entry, Mappin
 use crate::block::{Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
 use crate::mem::Sg;
+use crate::rt::sync::give_way;
 use crate::rt::{Buffer, grace};
 
 /// So many slices are changed before others get their turn on the thread.
@@ -339,17 +340,4 @@ impl Image {
             Mapping::Standard { host, copied, allocated: allocated & !mask, zero: zero | mask };
         Ok(Change { mapping, gives_up: false })
     }
-}
-
-/// Lets other tasks of the thread run.
-pub async fn give_way() {
-    let mut gone = false;
-    poll_fn(|cx| {
-        if std::mem::replace(&mut gone, true) {
-            return Poll::Ready(());
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }

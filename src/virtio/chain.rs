@@ -1,0 +1,111 @@
+//! Descriptor chains, as both kinds of virtqueue have them: a descriptor, and the memory that a chain of them names.
+
+use crate::mem::{GuestMap, IoVec};
+use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+
+/// The most descriptors in one chain, whatever the ring's size: an indirect table may be longer than the ring (Windows
+/// sends more than seg_max), and this is QEMU's VIRTQUEUE_MAX_SIZE.
+pub const CHAIN_MAX: usize = 1024;
+
+/// A ring that cannot go on, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Broken(pub &'static str);
+
+/// One descriptor, as the guest wrote it. The two kinds of ring order the last two fields differently.
+#[repr(C, align(8))]
+#[derive(Clone, Copy)]
+pub(super) struct Desc {
+    pub addr: u64,
+    pub len: u32,
+    pub flags: u16,
+    /// The next descriptor (split), the buffer id (packed).
+    pub link: u16,
+}
+
+pub(super) const DESC_SIZE: u64 = size_of::<Desc>() as u64;
+
+impl Desc {
+    fn has(&self, bit: u32) -> bool {
+        u32::from(self.flags) & bit != 0
+    }
+
+    pub fn has_next(&self) -> bool {
+        self.has(VRING_DESC_F_NEXT)
+    }
+
+    pub fn is_indirect(&self) -> bool {
+        self.has(VRING_DESC_F_INDIRECT)
+    }
+
+    /// The table of an indirect descriptor: where it lies and its entries, at least one. It may be unaligned.
+    ///
+    /// # Errors
+    /// [`Broken`] if it is no table.
+    pub fn table(&self, map: &GuestMap) -> Result<(*const [u8; 16], usize), Broken> {
+        let len = u64::from(self.len);
+        if len == 0 || !len.is_multiple_of(DESC_SIZE) {
+            return Err(Broken("an indirect table of a bad length"));
+        }
+        let table = map.translate(self.addr, len).filter(|t| t.len() as u64 == len);
+        let Some(table) = table else {
+            return Err(Broken("an indirect table outside of guest memory"));
+        };
+        let entries = usize::try_from(len / DESC_SIZE).expect("a 32-bit number");
+        Ok((table.base().cast_const().cast(), entries))
+    }
+}
+
+/// The memory of one chain: first what the device may read, then what it may write.
+#[derive(Default)]
+pub struct Chain {
+    /// The ranges, in order.
+    pub iov: Vec<IoVec>,
+    /// How many of them are for reading.
+    pub readable: usize,
+    /// Why the chain cannot be served as a request, if so.
+    pub bad: Option<&'static str>,
+    /// The last descriptor that is not empty reaches out of guest memory: the chain's last byte is not there.
+    pub cut: bool,
+}
+
+impl Chain {
+    pub(super) fn clear(&mut self) {
+        self.iov.clear();
+        self.readable = 0;
+        self.bad = None;
+        self.cut = false;
+    }
+
+    /// Adds one descriptor's memory; a range over several regions becomes several.
+    #[inline]
+    pub(super) fn add(&mut self, map: &GuestMap, desc: &Desc) {
+        let writable = desc.has(VRING_DESC_F_WRITE);
+        if !writable && self.iov.len() != self.readable {
+            self.bad = Some("a descriptor to read after one to write");
+            return;
+        }
+        let (mut addr, mut left) = (desc.addr, u64::from(desc.len));
+        self.cut &= left == 0;
+        while left > 0 {
+            let Some(v) = map.translate(addr, left) else {
+                self.bad = Some("a descriptor outside of guest memory");
+                self.cut = true;
+                return;
+            };
+            self.iov.push(v);
+            self.readable += usize::from(!writable);
+            left -= v.len() as u64;
+            addr = addr.wrapping_add(v.len() as u64);
+        }
+    }
+
+    /// Bytes for reading.
+    pub fn readable_len(&self) -> usize {
+        self.iov[..self.readable].iter().map(IoVec::len).sum()
+    }
+
+    /// Bytes for writing.
+    pub fn writable_len(&self) -> usize {
+        self.iov[self.readable..].iter().map(IoVec::len).sum()
+    }
+}
