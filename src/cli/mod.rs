@@ -22,7 +22,6 @@ pub mod session;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::path::Path;
 use std::process::ExitCode;
 
 use daemon::{Background, Manager, Pidfile, Side};
@@ -32,7 +31,7 @@ use session::{Next, Session};
 
 use crate::err;
 use crate::error::{Error, Result};
-use crate::sandbox::{Config, privileges};
+use crate::sandbox::{Allow, privileges};
 use crate::sys::{self, Signals};
 
 /// The signals that are waited for: the first looks at the sizes of the disks, the others end the program.
@@ -145,8 +144,10 @@ fn serve(
     }
     settings.identity.assume().map_err(|e| err!("cannot become another user: {e}"))?;
     if settings.sandbox {
-        let dirs = pidfile.iter().filter_map(Pidfile::dir).map(Path::to_path_buf).collect();
-        session.confine(Config { remove_in: dirs, allow: settings.allow.clone() })?;
+        let mut allow = Allow::default();
+        settings.allow.iter().for_each(|path| allow.directory(path));
+        pidfile.iter().filter_map(Pidfile::dir).for_each(|dir| allow.remove_in(dir));
+        session.confine(allow)?;
     }
     session.serve()?;
     if let Some(background) = background {

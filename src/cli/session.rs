@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -19,7 +19,7 @@ use crate::err;
 use crate::error::Result;
 use crate::qapi::Input;
 use crate::rt::pool::pool;
-use crate::sandbox;
+use crate::sandbox::{self, Allow};
 use crate::vhost_user::Endpoint;
 
 /// The name of the node that `--blk-file` defines.
@@ -32,6 +32,8 @@ pub struct Session {
     exports: Exports,
     /// Nodes of exports that begin inactive, as long as the command line is processed.
     dormant: Dormant,
+    /// The files that they will open, and whether for writing.
+    later: Vec<(PathBuf, bool)>,
 }
 
 /// What comes after the command line.
@@ -51,6 +53,7 @@ impl Session {
             objects: Objects::default(),
             exports: Exports::default(),
             dormant: Dormant::default(),
+            later: Vec::new(),
         }
     }
 
@@ -83,6 +86,7 @@ impl Session {
             self.convention(item, settings).map_err(|e| e.prepend(format!("{}: ", item.text)))?;
         }
         // What the nodes look like is known; nothing of them stays open.
+        self.later = self.dormant.files();
         self.dormant = Dormant::default();
         Ok(Next::Serve)
     }
@@ -201,13 +205,14 @@ impl Session {
     ///
     /// # Errors
     /// If the kernel refuses what it should allow.
-    pub fn confine(&self, mut config: sandbox::Config) -> Result<()> {
+    pub fn confine(&self, mut allow: Allow) -> Result<()> {
         let dirs = self.exports.places().filter_map(listen::Place::dir);
-        config.remove_in.extend(dirs.map(Path::to_path_buf));
+        dirs.for_each(|dir| allow.remove_in(dir));
+        self.later.iter().for_each(|(path, writable)| allow.file(path, *writable));
         // Threads made before are not restricted; these have nothing to do yet.
         self.graph.upkeep().pause();
         pool().retire();
-        let entered = sandbox::enter(&config);
+        let entered = sandbox::enter(&allow);
         self.graph.upkeep().resume();
         entered
     }

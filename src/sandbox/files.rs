@@ -11,7 +11,7 @@ use landlock::{
     RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 
-use super::Config;
+use super::{Allow, Right};
 use crate::err;
 use crate::error::Result;
 use crate::sys;
@@ -22,8 +22,8 @@ const NEWEST: ABI = ABI::V7;
 /// Restricts the calling thread and those that it will start. `false`: the kernel cannot.
 ///
 /// # Errors
-/// If a path of `config` is not there; what the kernel says.
-pub(super) fn restrict(config: &Config) -> Result<bool> {
+/// If a path of `allow` is not there; what the kernel says.
+pub(super) fn restrict(allow: &Allow) -> Result<bool> {
     let failed = |e: RulesetError| err!("cannot enter the sandbox: Landlock: {e}");
     let mut rules = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))
@@ -32,18 +32,14 @@ pub(super) fn restrict(config: &Config) -> Result<bool> {
         .and_then(Ruleset::create)
         .map_err(failed)?;
     allow_open_files(&mut rules);
-    for dir in &config.remove_in {
-        rules = rules
-            .add_rule(PathBeneath::new(open_path(dir)?, AccessFs::RemoveFile))
-            .map_err(failed)?;
-    }
-    for path in &config.allow {
+    for (path, right) in &allow.rules {
+        let opened = open_path(path)?;
+        // A rule for a file must not name what is done with directories.
         let rights = match path.is_dir() {
-            true => AccessFs::from_all(NEWEST),
-            false => AccessFs::from_file(NEWEST),
+            true => rights_for(*right),
+            false => rights_for(*right) & AccessFs::from_file(NEWEST),
         };
-        let rights = rights & !AccessFs::Execute;
-        rules = rules.add_rule(PathBeneath::new(open_path(path)?, rights)).map_err(failed)?;
+        rules = rules.add_rule(PathBeneath::new(opened, rights)).map_err(failed)?;
     }
     let status = rules.restrict_self().map_err(failed)?;
     if status.ruleset == RulesetStatus::PartiallyEnforced {
@@ -52,6 +48,17 @@ pub(super) fn restrict(config: &Config) -> Result<bool> {
         );
     }
     Ok(status.ruleset != RulesetStatus::NotEnforced)
+}
+
+fn rights_for(right: Right) -> BitFlags<AccessFs> {
+    // A file may turn out to be a device: what may be asked of it is for seccomp to say.
+    let read = AccessFs::ReadFile | AccessFs::IoctlDev;
+    match right {
+        Right::Read => read,
+        Right::Write => read | AccessFs::WriteFile | AccessFs::Truncate,
+        Right::Remove => AccessFs::RemoveFile.into(),
+        Right::All => AccessFs::from_all(NEWEST) & !AccessFs::Execute,
+    }
 }
 
 fn open_path(path: &Path) -> Result<PathFd> {

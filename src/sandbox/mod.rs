@@ -14,11 +14,17 @@
 //!   No TCP, no signals to others, no abstract sockets of others.
 //! * **seccomp** (`calls`): an allow-list for the process, and on top of it a shorter one for each [`Thread`], installed by the
 //!   thread itself as it starts. A filter can only be added to, and threads are started by threads (a worker starts
-//!   those of the pool), so the lists are nested: process > session > worker > pool.
+//!   those of the pool), so the lists are nested: process > session > worker > pool. A thread that nobody has given a
+//!   kind has its creator's.
 //!
-//! A call that is not on the list fails with ENOSYS: C libraries try newer calls first and fall back on ENOSYS, on nothing
-//! else; a guest must not lose its disk to an update of libc. What no library calls by itself and an attacker wants (a new
-//! program, another process's memory, mounts, kernel modules ...) kills the process, and the kernel's log says so.
+//! **A call that is not on the list** fails with ENOSYS. C libraries try newer calls first and fall back on ENOSYS, on nothing
+//! else (EPERM from a new call is taken for the answer), so a guest does not lose its disk to an update of libc, as it would if the
+//! process were killed. SIGSYS with a handler of ours that logs would be worse: threads are started and ended with all signals
+//! blocked, where it kills. Instead the *kernel* logs each refusal (SECCOMP_FILTER_FLAG_LOG: `type=1326 ... syscall=N` in `dmesg`,
+//! or in the audit log), but for the one that libc tries with each thread (`clone3`).
+//! What no library calls by itself and an attacker wants (a new program, another process's memory, mounts, kernel modules
+//! ...) **kills** the process: who makes such a call is not us any more, and must not try the next one. That is logged in the same
+//! way, and who started the process sees SIGSYS.
 //!
 //! **io_uring** passes by seccomp: its operations are restricted on the ring itself, see `rt/uring.rs`.
 //!
@@ -35,6 +41,7 @@ pub mod privileges;
 use std::io;
 use std::path::PathBuf;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use seccompiler::BpfProgram;
@@ -44,6 +51,9 @@ use crate::error::Result;
 
 /// How long [`enter`] waits for other threads to end: they have nothing left to do, only the kernel has.
 const QUIET: Duration = Duration::from_secs(5);
+
+/// `PF_IO_WORKER` of `linux/sched.h`.
+const IO_WORKER: u64 = 0x10;
 
 /// What a thread does, and so may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,13 +66,41 @@ pub enum Thread {
     Pool,
 }
 
-/// What may be touched later although it is not open.
+/// What may be touched later although it is not open. A file is meant itself, whatever its name means later; so is a
+/// directory, and all that will be below it.
 #[derive(Clone, Debug, Default)]
-pub struct Config {
-    /// Directories in which files may be removed.
-    pub remove_in: Vec<PathBuf>,
-    /// Files and directories in and below which everything may be done.
-    pub allow: Vec<PathBuf>,
+pub struct Allow {
+    rules: Vec<(PathBuf, Right)>,
+}
+
+/// What may be done with a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Right {
+    /// The file may be opened for reading.
+    Read,
+    /// The file may be opened for reading and writing.
+    Write,
+    /// Files may be removed from the directory.
+    Remove,
+    /// Files and directories may be read, written, made and removed here and below.
+    All,
+}
+
+impl Allow {
+    /// The file at `path` may be opened for reading, and for writing if `writable`.
+    pub fn file(&mut self, path: impl Into<PathBuf>, writable: bool) {
+        self.rules.push((path.into(), if writable { Right::Write } else { Right::Read }));
+    }
+
+    /// Files may be removed from the directory `path`.
+    pub fn remove_in(&mut self, path: impl Into<PathBuf>) {
+        self.rules.push((path.into(), Right::Remove));
+    }
+
+    /// Files and directories may be read, written, made and removed at `path` and below.
+    pub fn directory(&mut self, path: impl Into<PathBuf>) {
+        self.rules.push((path.into(), Right::All));
+    }
 }
 
 /// The filters of threads, once the process is in the sandbox: no thread has to make its own.
@@ -73,19 +111,21 @@ struct Filters {
 }
 
 static FILTERS: OnceLock<Filters> = OnceLock::new();
+static REFUSES_FILES: AtomicBool = AtomicBool::new(false);
 
 /// Gives up everything that is not needed any more, for ever, for the whole process.
 ///
 /// # Errors
-/// If there are other threads, if something in `config` is not there, or if the kernel refuses what it should allow. Not if
+/// If there are other threads, if something in `allow` is not there, or if the kernel refuses what it should allow. Not if
 /// it lacks something: that is logged.
-pub fn enter(config: &Config) -> Result<()> {
+pub fn enter(allow: &Allow) -> Result<()> {
     alone()?;
     let failed = |what: &str, e: &dyn std::fmt::Display| {
         err!("cannot enter the sandbox: {what}: {e}").with_hint("--sandbox=off goes without it")
     };
     privileges::no_new_privileges().map_err(|e| failed("no_new_privs", &e))?;
-    if !files::restrict(config)? {
+    REFUSES_FILES.store(files::restrict(allow)?, Ordering::Relaxed);
+    if !refuses_files() {
         log::warn!(
             "the kernel has no Landlock (CONFIG_SECURITY_LANDLOCK, lsm=): every file may be opened"
         );
@@ -93,10 +133,12 @@ pub fn enter(config: &Config) -> Result<()> {
     privileges::bound_capabilities();
     privileges::drop_capabilities().map_err(|e| failed("capabilities", &e))?;
     let filters = calls::filters().map_err(|e| failed("seccomp", &e))?;
-    for filter in [&filters.process, &filters.deadly] {
-        match seccompiler::apply_filter(filter) {
+    let (process, quiet, deadly) = (&filters.process, &filters.quiet, &filters.deadly);
+    // The last takes away the least: it must not be in the way of the others.
+    for (filter, logged) in [(process, true), (quiet, false), (deadly, false)] {
+        match privileges::filter_calls(filter, logged) {
             Ok(()) => {}
-            Err(e) if lacks_seccomp(&e) => {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS)) => {
                 log::warn!(
                     "the kernel has no seccomp filters (CONFIG_SECCOMP_FILTER): every system call may be made"
                 );
@@ -109,6 +151,11 @@ pub fn enter(config: &Config) -> Result<()> {
     FILTERS.set(Filters { session, worker, pool }).map_err(|_| err!("in the sandbox already"))
 }
 
+/// Whether only some files can be opened.
+pub fn refuses_files() -> bool {
+    REFUSES_FILES.load(Ordering::Relaxed)
+}
+
 /// To be called by a thread before it does anything, with what it is going to do. Nothing happens outside of a sandbox.
 pub fn thread(kind: Thread) {
     let Some(filters) = FILTERS.get() else { return };
@@ -117,19 +164,13 @@ pub fn thread(kind: Thread) {
         Thread::Worker => &filters.worker,
         Thread::Pool => &filters.pool,
     };
-    if let Err(e) = seccompiler::apply_filter(filter) {
+    if let Err(e) = privileges::filter_calls(filter, true) {
         // That of the process holds all the same.
         log::warn!("no filter for this {kind:?} thread: {e}");
     }
 }
 
-fn lacks_seccomp(error: &seccompiler::Error) -> bool {
-    let seccompiler::Error::Seccomp(e) = error else { return false };
-    matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS))
-}
-
-/// Waits until the calling thread is the only one: others would not be restricted. They must have been told to end; kernel
-/// threads of an io_uring that was closed take a moment.
+/// Waits until the calling thread is the only one: others would not be restricted. They must have been told to end.
 fn alone() -> Result<()> {
     let start = Instant::now();
     loop {
@@ -152,10 +193,26 @@ fn alone() -> Result<()> {
     }
 }
 
-/// The names of this process's threads.
+/// The names of this process's threads, without those of the kernel that work for an io_uring: they run no code of ours, what they
+/// are told is restricted on the ring, and they stay for seconds after their last work.
 fn threads() -> io::Result<Vec<String>> {
     let tasks = std::fs::read_dir("/proc/self/task")?;
     // One that ends meanwhile has no name any more; it is looked at again.
-    let name = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm"));
-    Ok(tasks.flatten().map(|t| name(t).unwrap_or_default().trim().to_owned()).collect())
+    let stat = |task: std::fs::DirEntry| {
+        std::fs::read_to_string(task.path().join("stat")).unwrap_or_default()
+    };
+    Ok(tasks.flatten().map(stat).filter(|stat| !works_for_ring(stat)).map(name).collect())
+}
+
+/// The name in `/proc/PID/stat`: it may itself have parentheses.
+fn name(stat: String) -> String {
+    let name = stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(')'));
+    name.map_or(stat.clone(), |(name, _)| name.to_owned())
+}
+
+/// Whether `/proc/PID/stat`, whose field 9 are the kernel's flags, is that of a ring's worker.
+fn works_for_ring(stat: &str) -> bool {
+    let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let flags = after_name.split_whitespace().nth(6).and_then(|flags| flags.parse().ok());
+    flags.unwrap_or(0_u64) & IO_WORKER != 0
 }

@@ -6,6 +6,8 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::ptr::null_mut;
 
+use seccompiler::BpfProgram;
+
 use crate::err;
 use crate::error::{Errno, Error, Result};
 use crate::sys;
@@ -174,6 +176,27 @@ fn find_group(text: &str) -> Result<libc::gid_t> {
 pub fn no_new_privileges() -> io::Result<()> {
     // SAFETY: no memory is passed.
     check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })
+}
+
+/// Has the system calls of the calling thread, and of those that it starts, go through one more filter; refusals are `logged` by
+/// the kernel if it can (4.14).
+///
+/// # Errors
+/// EINVAL or ENOSYS from a kernel without filters, and what else the kernel says.
+pub fn filter_calls(filter: &BpfProgram, logged: bool) -> io::Result<()> {
+    let len = u16::try_from(filter.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let at = filter.as_ptr().cast_mut().cast();
+    let program = libc::sock_fprog { len, filter: at };
+    let apply = |flags: libc::c_ulong| {
+        let (call, mode) = (libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER);
+        // SAFETY: the kernel copies `len` instructions, which `filter` has: it is borrowed, and of the kernel's layout.
+        let result = unsafe { libc::syscall(call, mode, flags, &raw const program) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    match logged {
+        true => apply(libc::SECCOMP_FILTER_FLAG_LOG).or_else(|_| apply(0)),
+        false => apply(0),
+    }
 }
 
 /// Makes the calling thread, and those that it starts, unable to gain capabilities. To be called before the process becomes
