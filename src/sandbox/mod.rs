@@ -48,6 +48,7 @@ use seccompiler::BpfProgram;
 
 use crate::err;
 use crate::error::Result;
+use crate::sys;
 
 /// How long [`enter`] waits for other threads to end: they have nothing left to do, only the kernel has.
 const QUIET: Duration = Duration::from_secs(5);
@@ -120,6 +121,7 @@ static REFUSES_FILES: AtomicBool = AtomicBool::new(false);
 /// it lacks something: that is logged.
 pub fn enter(allow: &Allow) -> Result<()> {
     alone()?;
+    sys::limit_arenas();
     let failed = |what: &str, e: &dyn std::fmt::Display| {
         err!("cannot enter the sandbox: {what}: {e}").with_hint("--sandbox=off goes without it")
     };
