@@ -133,6 +133,17 @@ impl Uring {
         self.push_entry(opcode::AsyncCancel::new(token).build().user_data(ignored), false);
     }
 
+    /// Asks the kernel to give up the request with `token`, which is answered in any case; the answer to this itself carries
+    /// `ignored`. Whether the kernel never had it: then there is no answer.
+    pub fn cancel(&mut self, token: u64, ignored: u64) -> bool {
+        if let Some(at) = self.waiting.iter().position(|e| e.get_user_data() == token) {
+            self.waiting.remove(at);
+            return true;
+        }
+        self.push_entry(opcode::AsyncCancel::new(token).build().user_data(ignored), false);
+        false
+    }
+
     /// One `io_uring_enter`: submits what is queued, runs completion work, waits for `want` completions at most
     /// `timeout` long.
     fn enter(&mut self, want: u32, timeout: Option<Duration>) {
