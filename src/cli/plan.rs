@@ -75,6 +75,7 @@ impl Default for Settings {
             format: None,
             node_name: None,
             read_only: false,
+            state_dir: None,
             sandbox: true,
             allow: Vec::new(),
             user: None,

@@ -114,7 +114,7 @@ impl Identity {
         let id = if meta.rdev() != 0 { (meta.rdev(), 0) } else { (meta.dev(), meta.ino()) };
         let born = meta.created().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
         let born = born.map_or(0, |d| d.as_secs() * 1_000_000_000 + u64::from(d.subsec_nanos()));
-        let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+        let text = fs::read_to_string(crate::sys::BOOT_ID)?;
         let hex: String = text.chars().filter(char::is_ascii_hexdigit).collect();
         let half = |range| hex.get(range).and_then(|part| u64::from_str_radix(part, 16).ok());
         match (half(0..16), half(16..32)) {
