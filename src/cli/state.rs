@@ -2,8 +2,10 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{self, DirBuilder};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, chown};
 use std::path::{Path, PathBuf};
+
+use crate::sandbox::privileges;
 
 /// What it means to have none.
 pub const WEAKER: &str = "writes to qcow2 images that were acknowledged and not flushed do not survive \
@@ -12,6 +14,7 @@ pub const WEAKER: &str = "writes to qcow2 images that were acknowledged and not 
 const SYSTEM: &str = "/run/vhost-user-blk";
 
 /// The directory: what the user says, else the first of the usual ones that can be written to; `None`: none, or not wanted.
+/// Who will be another user has one in /run of its own.
 pub fn dir(given: Option<&str>) -> Option<PathBuf> {
     match given {
         Some("none") => return None,
@@ -19,9 +22,18 @@ pub fn dir(given: Option<&str>) -> Option<PathBuf> {
         Some(dir) => return Some(PathBuf::from(dir)),
         None => {}
     }
-    let _ = DirBuilder::new().mode(0o700).create(SYSTEM);
+    let (user, group) = privileges::owner();
+    let system = PathBuf::from(user.map_or(SYSTEM.into(), |user| format!("{SYSTEM}-{user}")));
+    let made = DirBuilder::new().mode(0o700).create(&system);
+    if user.is_some()
+        && made.is_ok()
+        && let Err(e) = chown(&system, user, group)
+    {
+        log::warn!("{}: {e}", system.display());
+    }
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
-    let usual = [runtime.map(PathBuf::from), Some(SYSTEM.into()), Some("/dev/shm".into())];
+    let runtime = runtime.filter(|_| user.is_none()).map(PathBuf::from);
+    let usual = [runtime, Some(system), Some("/dev/shm".into())];
     usual.into_iter().flatten().find(|dir| is_writable(dir))
 }
 

@@ -139,9 +139,15 @@ impl Journal {
         let file = options.custom_flags(flags).open(&path)?;
         lock(&file)?;
         let (meta, now) = (file.metadata()?, fs::symlink_metadata(&path)?);
-        let ours = meta.is_file() && meta.uid() == crate::sys::effective_uid() && meta.nlink() == 1;
+        // Whoever we will be soon is as good as we are, and will have to remove it.
+        let (user, group) = crate::sandbox::privileges::owner();
+        let trusted = [Some(crate::sys::effective_uid()), user].contains(&Some(meta.uid()));
+        let ours = meta.is_file() && trusted && meta.nlink() == 1;
         if !ours || (meta.dev(), meta.ino()) != (now.dev(), now.ino()) {
             return Err(io::Error::other("the journal file is somebody else's"));
+        }
+        if user.is_some_and(|user| user != meta.uid()) {
+            std::os::unix::fs::fchown(&file, user, group)?;
         }
         let left = if meta.len() == 0 { Ok(None) } else { read(&file, meta.len(), of) };
         crate::sys::allocate(&file, WORDS as u64 * 8)?;
