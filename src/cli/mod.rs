@@ -79,6 +79,7 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
     if let Err(e) = sys::raise_memlock_limit() {
         log::warn!("cannot raise the limit of locked memory: {e}");
     }
+    settings.identity.announce();
     // Before the first thread: threads inherit the mask.
     let signals = Signals::block(&SIGNALS).map_err(|e| err!("cannot block signals: {e}"))?;
     let mut session = Session::new();

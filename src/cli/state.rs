@@ -10,6 +10,7 @@ use crate::sys;
 /// What it means to have none.
 pub const WEAKER: &str = "writes to qcow2 images that were acknowledged and not flushed do not survive \
      a crash of this program";
+
 /// The directory: what the user says, else the first of the usual ones that can be written to; `None`: none, or not wanted.
 /// A usual one is ours alone, and `owner`'s, who is to be the user of this process (`--user`).
 pub fn dir(given: Option<&str>, owner: Option<u32>) -> Option<PathBuf> {
