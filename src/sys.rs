@@ -54,6 +54,22 @@ pub fn setsid() -> io::Result<()> {
     check(unsafe { libc::setsid() }).map(drop)
 }
 
+/// The user that this process acts as.
+pub fn effective_uid() -> u32 {
+    // SAFETY: `geteuid` has no preconditions and cannot fail.
+    unsafe { libc::geteuid() }
+}
+
+/// Room for the first `len` bytes of a file, which is at least so long then: no later store in a mapping of it can fail.
+///
+/// # Errors
+/// ENOSPC, and what else the kernel says.
+pub fn allocate(file: &File, len: u64) -> io::Result<()> {
+    let len = libc::off_t::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+    // SAFETY: an open file; no memory is passed.
+    check(unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, len) }).map(drop)
+}
+
 /// Sets the file mode creation mask.
 pub fn umask(mask: u32) {
     // SAFETY: `umask` has no preconditions and cannot fail.

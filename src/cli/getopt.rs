@@ -52,6 +52,8 @@ pub enum Opt {
     LogLevel,
     /// `--print-graph`
     PrintGraph,
+    /// `--state-dir`
+    StateDir,
     /// `--strict-formats`
     StrictFormats,
 }
@@ -108,6 +110,7 @@ static OURS: &[Spec] = &[
     spec("socket-mode", Opt::SocketMode, Argument::Required),
     spec("log-level", Opt::LogLevel, Argument::Required),
     spec("print-graph", Opt::PrintGraph, Argument::Optional),
+    spec("state-dir", Opt::StateDir, Argument::Required),
     spec("strict-formats", Opt::StrictFormats, Argument::None),
 ];
 

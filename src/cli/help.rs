@@ -86,6 +86,9 @@ More:
   --log-level=<level>    error, warn, info, debug, trace, or as RUST_LOG (warn)
   --print-graph[=text|json|dot]
                          open the block nodes, print them, and end
+  --state-dir=<dir>|none where unflushed writes of qcow2 images are recorded, so that they
+                         survive a crash of this program ($XDG_RUNTIME_DIR, else
+                         /run/vhost-user-blk, else /dev/shm)
   --strict-formats       never guess the format of a backing file
 
 SIGTERM, SIGINT and SIGHUP end the program: requests in flight are finished,

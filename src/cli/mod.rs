@@ -19,6 +19,7 @@ pub mod listen;
 pub mod objects;
 pub mod plan;
 pub mod session;
+pub mod state;
 
 use std::ffi::OsString;
 use std::io::{self, Write};

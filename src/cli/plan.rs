@@ -25,6 +25,8 @@ pub struct Settings {
     pub daemonize: bool,
     /// Where the process number goes.
     pub pidfile: Option<String>,
+    /// `--state-dir`.
+    pub state_dir: Option<String>,
     /// What is logged, in env_logger's language.
     pub log_level: Option<String>,
     /// Print the graph in this format, and end.
@@ -82,6 +84,7 @@ impl Settings {
         let value = || item.value.clone();
         match item.opt {
             Some(Opt::Daemonize) => self.daemonize = true,
+            Some(Opt::StateDir) => self.state_dir = value(),
             Some(Opt::Pidfile) => self.pidfile = value(),
             Some(Opt::LogLevel) => {
                 check_log_level(item.argument())?;

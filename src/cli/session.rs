@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -13,6 +14,7 @@ use super::getopt::{Item, Opt};
 use super::listen;
 use super::objects::{Objects, Outcome};
 use super::plan::Settings;
+use super::state;
 use crate::block::{Graph, Node, print};
 use crate::err;
 use crate::error::Result;
@@ -21,6 +23,9 @@ use crate::vhost_user::Endpoint;
 
 /// The name of the node that `--blk-file` defines.
 const BLK_FILE_NODE: &str = "blk-file";
+
+/// A disk that takes longer than this to end a killed predecessor's requests is a supervisor's matter: it starts us again.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Everything that the command line made.
 pub struct Session {
@@ -58,6 +63,11 @@ impl Session {
     pub fn process(&mut self, settings: &Settings) -> Result<Next> {
         let strict = settings.items.iter().any(|item| item.opt == Some(Opt::StrictFormats));
         self.graph.set_strict_formats(strict);
+        self.graph.set_lock_patience(LOCK_PATIENCE);
+        match state::dir(settings.state_dir.as_deref()) {
+            Some(dir) => self.graph.set_state_dir(dir),
+            None => log::warn!("no state directory: {}", state::WEAKER),
+        }
         // A graph that is only looked at is open.
         if settings.print_graph.is_none() {
             self.dormant = Dormant::plan(settings)?;

@@ -5,13 +5,13 @@
 //! never touches a running queue itself.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
 use crate::block::graph::RootUser;
 use crate::block::{Graph, Node, Op, Opener};
@@ -26,6 +26,7 @@ use crate::virtio::queue::{RingAddrs, Virtqueue};
 use crate::virtio::track::{self, Tracking};
 
 mod active;
+mod cache;
 mod policy;
 mod queue;
 mod request;
@@ -33,6 +34,7 @@ mod resize;
 mod worker;
 
 use active::Activation;
+use cache::Cache;
 use policy::Reports;
 pub use policy::{OnError, OnErrors};
 use queue::Queue;
@@ -75,7 +77,7 @@ struct Shared {
     geometry: Geometry,
     serial: String,
     sectors: AtomicU64,
-    writeback: AtomicBool,
+    cache: Cache,
     on_error: OnErrors,
     reports: Mutex<Reports>,
 }
@@ -86,7 +88,15 @@ impl Shared {
     }
 
     fn writeback(&self) -> bool {
-        self.writeback.load(Ordering::Relaxed)
+        self.cache.writeback()
+    }
+
+    /// The guest sends a flush to this process.
+    #[inline]
+    fn guest_flushes(&self) {
+        if self.cache.flushed() {
+            log::info!("export '{}': the guest flushes: its cache is write-back", self.id);
+        }
     }
 
     /// Logs a failed request, once: see [`Reports`].
@@ -202,7 +212,7 @@ impl Export {
             geometry,
             serial: config.serial,
             sectors: AtomicU64::new(node.len() / SECTOR),
-            writeback: AtomicBool::new(!config.writethrough),
+            cache: Cache::new(!config.writethrough),
             on_error: config.on_error,
             reports: Mutex::default(),
         });
@@ -396,13 +406,14 @@ impl Device for Export {
             *byte = config.get(offset.saturating_add(i)).copied().unwrap_or(0);
         }
         debug_assert_eq!(config.len(), CONFIG_LEN);
+        self.shared.cache.told();
     }
 
     fn write_config(&self, offset: usize, from: &[u8]) {
         let wce = CONFIG_WCE.checked_sub(offset).and_then(|at| from.get(at));
         if let Some(wce) = wce {
             let writeback = wce & 1 != 0;
-            if self.shared.writeback.swap(writeback, Ordering::SeqCst) && !writeback {
+            if self.shared.cache.set(writeback) && !writeback {
                 // What completed before may be volatile; from now on the driver will not flush.
                 self.flush();
             }
@@ -424,10 +435,12 @@ impl Device for Export {
             return Err(Errno::EINVAL);
         }
         let addrs = RingAddrs { desc: setup.desc, avail: setup.avail, used: setup.used };
+        let mut resumed = setup.base != cache::beginning(setup.features);
         let base = track::base(setup.inflight.as_ref(), setup.base);
         let mut ring = Virtqueue::new(setup.map, addrs, setup.size, base, setup.features)?;
         ring.set_log(setup.log);
         let tracker = setup.inflight.map(|view| self.track(index, view, &mut ring)).transpose()?;
+        resumed |= tracker.as_ref().is_some_and(Tracking::recovered);
         let write_through = setup.features & feature(VIRTIO_BLK_F_FLUSH) == 0;
         if write_through && index == 0 && !self.shared.geometry.read_only {
             log::info!(
@@ -436,6 +449,15 @@ impl Device for Export {
             );
         }
         let fds = [setup.kick, setup.call, setup.err];
+        if setup.features & feature(VIRTIO_BLK_F_CONFIG_WCE) != 0
+            && self.shared.cache.start(index, resumed)
+        {
+            log::info!(
+                "export '{}': the guest may think that the cache is write-through: writes are made stable until it \
+                 flushes",
+                self.id()
+            );
+        }
         let disk = (Arc::clone(&self.shared), self.root_to_run()?);
         let queue = Box::new(Queue::new(index, disk, ring, tracker, fds, write_through));
         let inbox = self.worker(index, true)?.ok_or(Errno::EIO)?;
@@ -476,7 +498,7 @@ impl Device for Export {
     }
 
     fn disconnected(&self) {
-        // `writeback` stays as the driver set it: a guest that comes back (or reads the configuration anew) sees what is true.
+        self.shared.cache.disconnected();
         self.set_features(0);
         self.flush_stopped();
         self.no_ring_runs();

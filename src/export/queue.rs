@@ -65,6 +65,8 @@ pub struct Queue {
     cancelled: Arc<AtomicBool>,
     /// The driver does not know FLUSH: every write must be stable (VIRTIO 1.3, 5.2.6.2).
     write_through: bool,
+    /// Requests, at most, that may have been made for another process: they were there when the ring started.
+    backlog: u16,
 }
 
 /// What became of a request that was taken.
@@ -88,6 +90,8 @@ impl Queue {
         write_through: bool,
     ) -> Queue {
         let slots = (0..ring.size()).map(|_| Slot::default()).collect();
+        // What is wrong with the ring shows when requests are taken.
+        let backlog = ring.available().unwrap_or(0);
         let [kick, call, err] = fds;
         Queue {
             index,
@@ -107,6 +111,7 @@ impl Queue {
             watch: None,
             cancelled: Arc::default(),
             write_through,
+            backlog,
         }
     }
 
@@ -208,6 +213,12 @@ impl Queue {
         }
         if let Some(why) = slot.chain.bad {
             shared.report_malformed(self.index, why);
+        }
+        if again.is_none() {
+            if matches!(action, Action::Flush) && self.backlog == 0 {
+                self.shared.guest_flushes();
+            }
+            self.backlog = self.backlog.saturating_sub(1);
         }
         match action {
             Action::Finished(status) => self.finish(head, status),

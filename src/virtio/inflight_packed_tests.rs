@@ -441,7 +441,11 @@ fn the_layout_is_the_documents() {
     for (i, d) in (0..).zip(&descs) {
         let at = 32 + 32 * i;
         (put(at + 16, d.link), put(at + 18, d.flags));
-        (put(at + 20, d.len as u16), put(at + 24, d.addr as u16), put(at + 26, (d.addr >> 16) as u16));
+        (
+            put(at + 20, d.len as u16),
+            put(at + 24, d.addr as u16),
+            put(at + 26, (d.addr >> 16) as u16),
+        );
     }
     for (head, last, num, counter, busy) in [(0, 1, 2, 0, 1), (2, 2, 1, 1, 0), (3, 5, 3, 2, 1)] {
         let at = 32 + 32 * head;

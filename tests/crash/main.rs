@@ -4,6 +4,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod format;
 #[path = "../qcow2_write/model.rs"]
 #[allow(dead_code, reason = "power losses are qcow2_write's")]
 mod model;

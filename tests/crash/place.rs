@@ -28,7 +28,7 @@ impl Place {
     /// The first program, listening. `node` is the value of its `--blockdev`, which must call itself `root`.
     pub fn new(node: String) -> Place {
         let dir = tempfile::tempdir().unwrap();
-        let child = spawn(&node, &dir.path().join("s"), THREADS, Stdio::inherit());
+        let child = spawn(&node, dir.path(), THREADS, Stdio::inherit());
         let mut place = Place { node, threads: THREADS, child, keeps_log: false, dir };
         place.wait_until_it_listens();
         place
@@ -56,6 +56,19 @@ impl Place {
         self.child.wait().unwrap();
     }
 
+    /// Asks the program to end, and waits until it has.
+    pub fn terminate(&mut self) {
+        vub_client::sys::kill(self.child.id(), libc::SIGTERM).unwrap();
+        assert!(self.child.wait().unwrap().success());
+    }
+
+    /// What programs have left for their successors.
+    pub fn state_files(&self) -> Vec<String> {
+        let names = std::fs::read_dir(self.dir.path()).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.contains(".journal") || name.contains(".rejected")).collect()
+    }
+
     /// The next program; how long it took until it listened.
     pub fn restart(&mut self) -> Duration {
         let start = Instant::now();
@@ -70,17 +83,15 @@ impl Place {
         } else {
             Stdio::inherit()
         };
-        self.child = spawn(&self.node, &self.socket(), self.threads, log);
+        self.child = spawn(&self.node, self.dir.path(), self.threads, log);
     }
 
     fn wait_until_it_listens(&mut self) {
         let start = Instant::now();
         while UnixStream::connect(self.socket()).is_err() {
             assert!(start.elapsed() < LIMIT, "nobody listens");
-            // The kernel may still be busy with the last requests of the one before it, and keeps its locks so long.
-            if self.child.try_wait().unwrap().is_some() {
-                self.spawn();
-            }
+            // (The kernel may still be busy with the last requests of the one before it, and keeps its locks so long.)
+            assert_eq!(self.child.try_wait().unwrap(), None, "the program has ended");
             std::thread::yield_now();
         }
     }
@@ -94,14 +105,15 @@ impl Drop for Place {
     }
 }
 
-fn spawn(node: &str, socket: &Path, threads: u16, log: Stdio) -> Child {
+fn spawn(node: &str, dir: &Path, threads: u16, log: Stdio) -> Child {
+    let socket = dir.join("s");
     let socket = socket.display();
     let export = format!(
         "type=vhost-user-blk,id=e,node-name=root,writable=on,num-queues=4,threads={threads},addr.type=unix,\
          addr.path={socket}"
     );
     let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-blk"));
-    command.args(["--blockdev", node, "--export", &export]);
+    command.args(["--blockdev", node, "--export", &export]).env("XDG_RUNTIME_DIR", dir);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap()
 }
 

@@ -2,21 +2,22 @@
 //! a model. Every acknowledged byte is there, flushed or not: the guest has not crashed. And one whose rings are stopped
 //! at once, and go on here or in the next program.
 
-use std::os::unix::fs::MetadataExt;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use vub_client::proto::pf;
 use vub_client::{Client, MemStyle, Options};
 
-use crate::common::{Engine, Image, LIMIT, Random};
-use crate::model::{Load, Model, Stop};
-use crate::{bases, options};
+use crate::common::{Engine, LIMIT, Random};
+use crate::format::Format;
+use crate::model::{Load, Stop};
 use crate::place::{Place, in_flight};
+use crate::{bases, options};
 
 /// Kills between two looks at the whole disk.
 const ROUND: u64 = 5;
-const SIZE: u64 = 4 << 20;
+/// Of the disk, in bytes.
+pub const SIZE: u64 = 4 << 20;
 
 #[derive(Debug, Default)]
 struct Sum {
@@ -55,19 +56,22 @@ fn number(variable: &str, otherwise: u64) -> u64 {
 }
 
 fn soak(engine: Engine, options: Options) {
+    soak_on(&Format::Raw, engine, options);
+}
+
+fn soak_on(format: &Format, engine: Engine, options: Options) {
     let (queues, packed) = (options.queues, options.packed);
     // Direct chains take up to twelve entries each.
     let depth = if options.indirect { 64 } else { 16 };
-    let image = Image::new(SIZE);
-    let mut place = Place::new(image.options(engine, "unmap").to_string());
+    let (image, model) = format.make();
+    let mut place = Place::new(format.options(&image, engine).to_string());
     let mut client = Client::connect(place.socket(), options).unwrap();
     assert_eq!(client.has_feature(34), packed);
-    let model = Model::new(SIZE / 512, 0);
     let mut random = Random(number("VUB_SEED", 1));
     let mut sum = Sum::default();
     while sum.kills < number("VUB_KILLS", 20) {
-        let load =
-            Load { seed: random.next(), depth, cluster: 128, flush_one_in: 20, gentle: false };
+        let (seed, cluster) = (random.next(), format.cluster() / 512);
+        let load = Load { seed, depth, cluster, flush_one_in: 20, gentle: false };
         let (stop, (sender, ended)) = (Stop::new(false), channel());
         let mut taken = client.take_queues();
         std::thread::scope(|scope| {
@@ -78,10 +82,11 @@ fn soak(engine: Engine, options: Options) {
             }
             drop(sender);
             for _ in 0..ROUND {
+                let check = || format.check(&image, &[0, 3]);
                 if client.has_protocol(pf::GET_VRING_BASE_INFLIGHT) {
                     suspend_once(&mut place, &mut client, &mut random, &ended, &mut sum);
                 } else {
-                    kill_once(&mut place, &mut client, &mut random, &ended, &mut sum);
+                    kill_once(&mut place, &mut client, &mut random, &ended, &mut sum, check);
                 }
             }
             stop.now();
@@ -94,12 +99,16 @@ fn soak(engine: Engine, options: Options) {
         }
         model.settle(&disk);
         client.queue(0).flush().unwrap();
-        assert!(std::fs::read(image.path()).unwrap() == disk, "the file is what the guest sees");
-        assert_eq!(std::fs::metadata(image.path()).unwrap().size(), SIZE);
+        assert!(format.content(&image) == disk, "the image is what the guest sees");
     }
-    println!("{engine:?} {queues} queues, packed {packed}: {sum:?}");
-    // What a thread is at cannot be taken back: such stops leave nothing.
-    let awaited = client.has_protocol(pf::GET_VRING_BASE_INFLIGHT) && engine != URING;
+    // What a thread or a format is at cannot be taken back: such stops may leave nothing.
+    let back = engine == URING && matches!(format, Format::Raw);
+    let awaited = client.has_protocol(pf::GET_VRING_BASE_INFLIGHT) && !back;
+    drop(client);
+    place.terminate();
+    assert_eq!(place.state_files(), [] as [String; 0], "nothing is left of an orderly end");
+    format.check(&image, &[0, 3]);
+    println!("{format:?} {engine:?} {queues} queues, packed {packed}: {sum:?}");
     assert!(awaited || sum.amid > 0 && sum.resubmitted > 0, "{sum:?}");
 }
 
@@ -110,9 +119,13 @@ fn kill_once(
     random: &mut Random,
     ended: &Receiver<usize>,
     sum: &mut Sum,
+    examine: impl Fn(),
 ) {
     wait_somewhat(random, ended, sum);
     place.kill();
+    if random.below(4) == 0 {
+        examine();
+    }
     let killed = Instant::now();
     let left: usize = (0..4.min(queues(client))).map(|q| in_flight(client, q)).sum();
     ended.try_iter().for_each(drop);
@@ -222,4 +235,51 @@ fn packed_rings_are_stopped_at_once() {
 #[test]
 fn packed_rings_are_stopped_at_once_through_the_page_cache() {
     soak(THREADS, suspending(options(4, true)));
+}
+
+#[test]
+fn packed_rings_of_a_qcow2_disk_are_stopped_at_once() {
+    soak_on(&QCOW2, URING, suspending(options(2, true)));
+}
+
+#[test]
+fn qcow2_with_four_packed_queues() {
+    soak_on(&QCOW2, URING, options(4, true));
+}
+
+const QCOW2: Format = Format::Qcow2 { options: "cluster_size=64k", cluster: 65536, overlay: false };
+const SMALL: Format = Format::Qcow2 { options: "cluster_size=4k", cluster: 4096, overlay: true };
+const SUBCLUSTERS: Format =
+    Format::Qcow2 { options: "extended_l2=on,refcount_bits=64", cluster: 65536, overlay: true };
+const OLD: Format =
+    Format::Qcow2 { options: "compat=0.10,cluster_size=4k", cluster: 4096, overlay: false };
+
+#[test]
+fn qcow2_with_one_queue() {
+    soak_on(&QCOW2, URING, options(1, false));
+}
+
+#[test]
+fn qcow2_with_four_queues() {
+    soak_on(&QCOW2, THREADS, options(4, false));
+}
+
+#[test]
+fn an_overlay_with_one_queue() {
+    soak_on(&SMALL, THREADS, options(1, false));
+}
+
+#[test]
+fn an_overlay_with_four_queues() {
+    soak_on(&SMALL, URING, options(4, false));
+}
+
+#[test]
+fn subclusters_with_four_queues() {
+    soak_on(&SUBCLUSTERS, URING, options(4, false));
+}
+
+#[test]
+fn version_2_with_four_queues() {
+    soak_on(&OLD, NATIVE, options(4, false));
 }

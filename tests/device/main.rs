@@ -4,6 +4,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../drivers/mod.rs"]
+mod drivers;
 
 mod cache;
 mod dirty_log;

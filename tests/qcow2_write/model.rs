@@ -183,6 +183,11 @@ impl Model {
         self.resolve(disk, self.flushed.load(Ordering::SeqCst))
     }
 
+    /// As [`Model::survive`] with every change that was acknowledged, flushed or not.
+    pub fn survive_all(&self, disk: &[u8]) -> usize {
+        self.resolve(disk, self.tick())
+    }
+
     fn resolve(&self, disk: &[u8], begun: u64) -> usize {
         assert_eq!(disk.len(), self.sectors.len() * SECTOR);
         self.check(0, begun, disk);
