@@ -211,7 +211,7 @@ fn packed_rings() {
 /// kernel has nothing to say.
 #[test]
 fn packed_rings_of_a_program_that_is_killed() {
-    const KILLS: u32 = 12;
+    const KILLS: u32 = 6;
     let _alone = alone();
     let mut disk = Served::start(256, ",cache.direct=on", ",writable=on");
     let socket = disk.socket.clone();
