@@ -18,6 +18,7 @@ use crate::block::{Graph, Node, Op, Opener};
 use crate::error::{Errno, Result};
 use crate::mem::{GuestMap, RingLog};
 use crate::rt::{self, Inbox, Mail};
+use crate::sandbox::{self, Thread};
 use crate::vhost_user::{Device, QueueSetup};
 use crate::virtio::blk::{CONFIG_LEN, CONFIG_WCE, Geometry, SECTOR};
 use crate::virtio::feature;
@@ -331,9 +332,12 @@ impl Export {
     fn spawn_worker(&self, at: usize) -> std::result::Result<Worker, Errno> {
         let (ready, wait) = sync_channel(1);
         let (poll_max_ns, grace) = (self.poll_max_ns, Arc::clone(self.activation.graph().grace()));
-        let thread = std::thread::Builder::new()
-            .name(format!("blk-{}-{at}", self.id()))
-            .spawn(move || worker::run(poll_max_ns, &grace, &ready))?;
+        let thread = std::thread::Builder::new().name(format!("blk-{}-{at}", self.id())).spawn(
+            move || {
+                sandbox::thread(Thread::Worker);
+                worker::run(poll_max_ns, &grace, &ready);
+            },
+        )?;
         let inbox = wait.recv().map_err(|_| Errno::EIO)??;
         Ok(Worker { inbox, thread })
     }

@@ -104,7 +104,7 @@ pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<
         grace: Participant::new(grace),
         queues: Vec::new(),
         policy: Policy::new(poll_max_ns),
-        processors: std::thread::available_parallelism().map_or(1, usize::from),
+        processors: crate::sys::processors(),
         events: Vec::with_capacity(1024),
         done: Rc::default(),
         slow_bytes: 0,

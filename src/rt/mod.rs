@@ -36,7 +36,7 @@ pub mod grace;
 mod inline;
 mod mailbox;
 pub mod poll;
-mod pool;
+pub mod pool;
 mod reactor;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
