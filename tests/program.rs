@@ -251,6 +251,31 @@ fn a_second_process_on_the_same_disk() {
     program.connect("root", small()).queue(0).read(0, &mut [0; 512]).unwrap();
 }
 
+/// Somebody has seen to the storage: SIGUSR1 has what failed and waits (`werror=stop`) tried again.
+#[test]
+fn a_signal_resumes() {
+    let image = Image::new(MIB);
+    let debug = json!({
+        "driver": "blkdebug", "image": {"driver": "file", "filename": image.path()},
+        "inject-error": [{"event": "none", "iotype": "write", "errno": 5, "once": true}],
+    });
+    let root = json!({"driver": "raw", "node-name": "root", "file": debug}).to_string();
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let to = ("warn", log.reopen().unwrap());
+    let program = Program::start_logging(&[root], &[("root", ",writable=on,werror=stop")], to);
+    let mut client = program.connect("root", small());
+    let q = client.queue(0);
+    let write = q.write_request(0, &[7; 512]).unwrap();
+    q.submit(write).unwrap();
+    let said = |what: &str| std::fs::read_to_string(log.path()).unwrap().contains(what);
+    eventually("it waits", || said("queue 0 waits for it to work"));
+    assert!(q.poll().unwrap().is_none());
+    vub_client::sys::kill(program.pid(), libc::SIGUSR1).unwrap();
+    assert_eq!(q.wait().unwrap().status, vub_client::Status::Ok);
+    eventually("it says so", || said("queue 0 goes on"));
+    assert_eq!(std::fs::read(image.path()).unwrap()[..512], [7; 512]);
+}
+
 /// What a guest can make the program say again and again does not fill a disk.
 #[test]
 fn a_guest_cannot_fill_the_log() {
