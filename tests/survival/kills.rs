@@ -138,7 +138,7 @@ fn survives(format: &str, more: &[String], dir: &Path) {
     let mut server = Server::start(dir, format, more);
     let kills = variable("VUB_KILLS", 3);
     // The three phases last as long as all kills and what the guest needs to come back, and longer.
-    let seconds = kills * (WORK_MS + WORK_MS / 4 + 500) / 1000 + 6;
+    let seconds = kills * (WORK_MS + WORK_MS / 4 + 500) / 1000 + 4;
     let rate = format!("RATE={}", (3 * REQUESTS / seconds).max(1));
     let timeout = (seconds + 200).to_string();
     let (guest, output) = Guest::start(
