@@ -21,7 +21,7 @@ const WORK_MS: u64 = 500;
 const REQUESTS: u64 = 1400;
 
 /// The program on an image; the next one takes its place after [`Server::kill`].
-struct Server {
+pub struct Server {
     command: Command,
     child: Child,
     socket: PathBuf,
@@ -41,7 +41,8 @@ struct Outage {
 }
 
 impl Server {
-    fn start(dir: &Path, format: &str, more: &[String]) -> Server {
+    /// `program` on the image `disk` in `dir`.
+    pub fn start(program: &str, dir: &Path, format: &str) -> Server {
         let (image, socket) = (dir.join("disk"), dir.join("socket"));
         let node = format!(
             "driver={format},node-name=disk,discard=unmap,file.driver=file,file.discard=unmap,file.filename={}",
@@ -51,8 +52,8 @@ impl Server {
             "vhost-user-blk,id=e,node-name=disk,writable=on,num-queues=2,addr.type=unix,addr.path={}",
             socket.display()
         );
-        let mut command = Command::new(crate::program());
-        command.args(["--blockdev", &node, "--export", &export]).args(more).stdin(Stdio::null());
+        let mut command = Command::new(program);
+        command.args(["--blockdev", &node, "--export", &export]).stdin(Stdio::null());
         command.stderr(File::create(dir.join("errors")).unwrap());
         let child = command.spawn().unwrap();
         let mut server = Server { command, child, socket, image };
@@ -80,14 +81,30 @@ impl Server {
         (meta.mtime(), meta.mtime_nsec())
     }
 
-    /// SIGKILL, a successor, and the guest's next write.
-    fn kill(&mut self) -> Outage {
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// SIGKILL and a successor: when it was gone, and how many were refused.
+    pub fn replace(&mut self) -> (Duration, usize) {
         let start = Instant::now();
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         let gone = start.elapsed();
         self.child = self.command.spawn().unwrap();
-        let refused = self.wait_until_it_listens();
+        (gone, self.wait_until_it_listens())
+    }
+
+    /// SIGTERM: exit code 0.
+    pub fn terminate(mut self) {
+        vub_client::sys::kill(self.child.id(), libc::SIGTERM).unwrap();
+        assert_eq!(self.child.wait().unwrap().code(), Some(0));
+    }
+
+    /// As [`Server::replace`], and the guest's next write.
+    fn kill(&mut self) -> Outage {
+        let start = Instant::now();
+        let (gone, refused) = self.replace();
         let listens = start.elapsed();
         // Nobody else can write now.
         let before = self.written();
@@ -132,10 +149,10 @@ fn report(what: &str, outages: &[Outage]) {
 }
 
 /// fio in a guest on an image of this format, under kills.
-fn survives(format: &str, more: &[String], dir: &Path) {
+fn survives(format: &str, dir: &Path) {
     let _alone = alone();
     succeed(dir, "qemu-img", &["create", "-q", "-f", format, "disk", "64M"]);
-    let mut server = Server::start(dir, format, more);
+    let mut server = Server::start(&crate::program(), dir, format);
     let kills = variable("VUB_KILLS", 3);
     // The three phases last as long as all kills and what the guest needs to come back, and longer.
     let seconds = kills * (WORK_MS + WORK_MS / 4 + 500) / 1000 + 4;
@@ -165,8 +182,7 @@ fn survives(format: &str, more: &[String], dir: &Path) {
     report(format, &outages);
     let longest = text.lines().find(|line| line.starts_with("longest write")).expect("fio says it");
     println!("  in the guest: {longest}");
-    vub_client::sys::kill(server.child.id(), libc::SIGTERM).unwrap();
-    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+    server.terminate();
     let slowest = outages.iter().map(|o| o.writes).max().unwrap();
     assert!(slowest < BAR, "{format}: a guest stood still for {slowest:?}");
 }
@@ -174,5 +190,12 @@ fn survives(format: &str, more: &[String], dir: &Path) {
 #[test]
 fn fio_in_a_guest_sees_no_kill_on_a_raw_image() {
     let dir = directory();
-    survives("raw", &[], dir.path());
+    survives("raw", dir.path());
+}
+
+#[test]
+fn fio_in_a_guest_sees_no_kill_on_a_qcow2_image() {
+    if crate::has_journal() {
+        survives("qcow2", directory().path());
+    }
 }
