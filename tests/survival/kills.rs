@@ -17,8 +17,8 @@ use crate::{Guest, alone, directory, succeed, variable};
 const BAR: Duration = Duration::from_secs(1);
 /// Time that the guest works between two kills, in milliseconds: as much and half as much again at random.
 const WORK_MS: u64 = 500;
-/// Requests of each of the three phases of the guest's script, and of its slower half.
-const REQUESTS: u64 = 1400;
+/// Requests of each of the three phases of the guest's script.
+const REQUESTS: u64 = 700;
 
 /// The program on an image; the next one takes its place after [`Server::kill`].
 pub struct Server {
@@ -81,6 +81,14 @@ impl Server {
         (meta.mtime(), meta.mtime_nsec())
     }
 
+    fn wait_for_a_write(&self) {
+        let (start, before) = (Instant::now(), self.written());
+        while self.written() == before {
+            assert!(start.elapsed() < LIMIT, "the guest does not write");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     pub fn socket(&self) -> &Path {
         &self.socket
     }
@@ -107,11 +115,7 @@ impl Server {
         let (gone, refused) = self.replace();
         let listens = start.elapsed();
         // Nobody else can write now.
-        let before = self.written();
-        while self.written() == before {
-            assert!(start.elapsed() < LIMIT, "the guest does not go on");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        self.wait_for_a_write();
         Outage { gone, listens, writes: start.elapsed(), refused }
     }
 }
@@ -131,6 +135,7 @@ fn kill(server: &mut Server, lines: &Receiver<String>, kills: u64) -> Vec<Outage
     let mut outages = Vec::new();
     for _ in 0..kills {
         std::thread::sleep(Duration::from_millis(WORK_MS + random.below(WORK_MS / 2)));
+        server.wait_for_a_write();
         outages.push(server.kill());
     }
     outages
@@ -155,7 +160,7 @@ fn survives(format: &str, dir: &Path) {
     let mut server = Server::start(&crate::program(), dir, format);
     let kills = variable("VUB_KILLS", 3);
     // The three phases last as long as all kills and what the guest needs to come back, and longer.
-    let seconds = kills * (WORK_MS + WORK_MS / 4 + 500) / 1000 + 4;
+    let seconds = kills * (WORK_MS + WORK_MS / 4 + 500) / 1000 + 3;
     let rate = format!("RATE={}", (3 * REQUESTS / seconds).max(1));
     let timeout = (seconds + 200).to_string();
     let (guest, output) = Guest::start(

@@ -1,7 +1,8 @@
 //! What a real guest has left when its back end is killed and when its host loses power, and what other back ends leave.
 //!
 //! The guests are those of `tests/guest.rs`: `contrib/guest/run` boots them, one at a time.
-//! Variables: `VUB_KILLS` (3), `VUB_CUTS` (16 for each kind of image), `VUB_SEED`.
+//! Variables: `VUB_KILLS` (3), `VUB_CUTS` (10 for each kind of image), `VUB_ROUNDS` (20 of the guest's
+//! work that is recorded), `VUB_SEED`. `VUB_PROGRAM`: the back end to test instead of this program.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 

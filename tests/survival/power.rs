@@ -55,7 +55,7 @@ fn record(dir: &Path, kind: &Kind) -> (Vec<u8>, Log, Vec<Stable>) {
         },
     });
     let program = Program::start(&[node.to_string()], &[("disk", ",writable=on,num-queues=2")]);
-    let rounds = format!("ROUNDS={}", variable("VUB_ROUNDS", 40));
+    let rounds = format!("ROUNDS={}", variable("VUB_ROUNDS", 20));
     let tree = dir.join("tree.tar");
     let (guest, output) = Guest::start(
         &program.path("disk"),
@@ -152,7 +152,7 @@ fn survives(name: &str, kind: &Kind) {
     let _alone = alone();
     let dir = directory();
     let (start, log, stable) = record(dir.path(), kind);
-    let cuts = variable("VUB_CUTS", 16);
+    let cuts = variable("VUB_CUTS", 10);
     let mut random = Random(variable("VUB_SEED", 1));
     let mut faults = |flushes: Flushes, cuts: u64| -> Vec<String> {
         let one = |_| {

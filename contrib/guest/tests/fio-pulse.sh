@@ -4,7 +4,7 @@
 # Variables: RATE (requests per second of each kind, default 200).
 RATE=${RATE:-200}
 PULSE="--name=pulse --filename=$DISK --direct=1 --ioengine=psync --offset=60m --size=1m --rw=randwrite --bs=512 --eta=never"
-JOB="--filename=$DISK --direct=1 --ioengine=io_uring --iodepth=16 --size=32m --bssplit=512/25:1k/10:4k/35:16k/15:64k/10:256k/5 \
+JOB="--filename=$DISK --direct=1 --ioengine=io_uring --iodepth=16 --size=16m --bssplit=512/25:1k/10:4k/35:16k/15:64k/10:256k/5 \
     --verify=crc32c --verify_fatal=1 --randrepeat=1 --rate_iops=$RATE --rate_process=poisson"
 
 run() {

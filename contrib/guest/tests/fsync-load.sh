@@ -21,6 +21,7 @@ while [ -e /tmp/go ]; do
     cp /tmp/noise /mnt/noise
     cp /mnt/noise /mnt/more-noise
     rm /mnt/noise
+    usleep 20000
 done &
 noise=$!
 printf '%08d' 0 >/mnt/counter
