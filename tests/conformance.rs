@@ -78,6 +78,12 @@ fn blkdebug() {
 }
 
 #[test]
+fn blklogwrites() {
+    every_engine(Layout::Log(512, false), &[2 * MIB]);
+    every_engine(Layout::Log(4096, true), &[2 * MIB]);
+}
+
+#[test]
 fn host_device() {
     if Loop::exist() {
         every_engine(Layout::HostDevice(512), &[6 * MIB]);
