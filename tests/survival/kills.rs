@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::BufRead;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,6 +17,9 @@ use crate::{Guest, alone, directory, succeed, variable};
 const BAR: Duration = Duration::from_secs(1);
 /// Time that the guest works between two kills, in milliseconds: as much and half as much again at random.
 const WORK_MS: u64 = 500;
+const QUEUES: usize = 2;
+/// Requests in flight without which nobody is killed.
+const IN_FLIGHT: usize = 8;
 /// Requests of each of the three phases of the guest's script.
 const REQUESTS: u64 = 700;
 
@@ -30,6 +33,8 @@ pub struct Server {
 
 /// What one kill took, since SIGKILL.
 struct Outage {
+    /// Requests that it had begun and not finished.
+    in_flight: usize,
     /// The process is gone.
     gone: Duration,
     /// Its successor listens.
@@ -45,11 +50,11 @@ impl Server {
     pub fn start(program: &str, dir: &Path, format: &str) -> Server {
         let (image, socket) = (dir.join("disk"), dir.join("socket"));
         let node = format!(
-            "driver={format},node-name=disk,discard=unmap,file.driver=file,file.discard=unmap,file.filename={}",
+            "driver={format},node-name=disk,discard=unmap,file.driver=file,file.discard=unmap,file.cache.direct=on,file.filename={}",
             image.display()
         );
         let export = format!(
-            "vhost-user-blk,id=e,node-name=disk,writable=on,num-queues=2,addr.type=unix,addr.path={}",
+            "vhost-user-blk,id=e,node-name=disk,writable=on,num-queues={QUEUES},addr.type=unix,addr.path={}",
             socket.display()
         );
         let mut command = Command::new(program);
@@ -109,14 +114,48 @@ impl Server {
         assert_eq!(self.child.wait().unwrap().code(), Some(0));
     }
 
-    /// As [`Server::replace`], and the guest's next write.
+    /// The requests that its in-flight region names, of all queues; none if it has no such region.
+    fn in_flight(&self) -> Option<usize> {
+        let proc = PathBuf::from(format!("/proc/{}", self.child.id()));
+        let maps = std::fs::read_to_string(proc.join("maps")).unwrap();
+        let line = maps.lines().find(|line| line.contains("vhost-user-blk-inflight"))?;
+        let (from, to) = line.split(' ').next()?.split_once('-')?;
+        let [from, to] = [from, to].map(|n| u64::from_str_radix(n, 16).unwrap());
+        let mut region = vec![0; usize::try_from(to - from).unwrap()];
+        File::open(proc.join("mem")).unwrap().read_exact_at(&mut region, from).unwrap();
+        // Of each queue: 16 bytes, in them the number of descriptors; then 16 bytes for each, the first is 1 in flight.
+        let size = usize::from(u16::from_le_bytes(region[10..12].try_into().unwrap()));
+        let part = (16 + 16 * size).next_multiple_of(64);
+        let queues = region.chunks(part).take(QUEUES);
+        Some(queues.flat_map(|q| q[16..].chunks(16)).filter(|entry| entry[0] == 1).count())
+    }
+
+    /// Stops it (SIGSTOP) while it has so many in flight; how many.
+    fn stop_under_load(&self) -> usize {
+        let start = Instant::now();
+        let stat = format!("/proc/{}/stat", self.child.id());
+        loop {
+            vub_client::sys::kill(self.child.id(), libc::SIGSTOP).unwrap();
+            while !std::fs::read_to_string(&stat).unwrap().contains(") T ") {}
+            match self.in_flight() {
+                Some(n) if n < IN_FLIGHT => {}
+                n => return n.unwrap_or(0),
+            }
+            vub_client::sys::kill(self.child.id(), libc::SIGCONT).unwrap();
+            assert!(start.elapsed() < LIMIT, "the guest is idle");
+            std::thread::sleep(Duration::from_micros(500));
+        }
+    }
+
+    /// As [`Server::replace`] under load, and the guest's next write.
     fn kill(&mut self) -> Outage {
+        let in_flight = self.stop_under_load();
         let start = Instant::now();
         let (gone, refused) = self.replace();
         let listens = start.elapsed();
         // Nobody else can write now.
         self.wait_for_a_write();
-        Outage { gone, listens, writes: start.elapsed(), refused }
+        Outage { in_flight, gone, listens, writes: start.elapsed(), refused }
     }
 }
 
@@ -135,7 +174,6 @@ fn kill(server: &mut Server, lines: &Receiver<String>, kills: u64) -> Vec<Outage
     let mut outages = Vec::new();
     for _ in 0..kills {
         std::thread::sleep(Duration::from_millis(WORK_MS + random.below(WORK_MS / 2)));
-        server.wait_for_a_write();
         outages.push(server.kill());
     }
     outages
@@ -143,10 +181,10 @@ fn kill(server: &mut Server, lines: &Receiver<String>, kills: u64) -> Vec<Outage
 
 /// Prints each time in milliseconds, the longest and the median.
 fn report(what: &str, outages: &[Outage]) {
-    println!("{what}: ms from SIGKILL until gone, listening, writing; successors refused");
+    println!("{what}: in flight; ms from SIGKILL until gone, listening, writing; successors refused");
     for o in outages {
         let [gone, listens, writes] = [o.gone, o.listens, o.writes].map(|t| t.as_millis());
-        println!("  {gone:>5} {listens:>5} {writes:>5} {:>3}", o.refused);
+        println!("  {:>3}; {gone:>5} {listens:>5} {writes:>5}; {:>3}", o.in_flight, o.refused);
     }
     let mut times: Vec<_> = outages.iter().map(|o| o.writes.as_millis()).collect();
     times.sort_unstable();
