@@ -1,6 +1,7 @@
 //! What the default settings of this program and of qemu-storage-daemon are worth to a guest, side by side: after a power
 //! loss, and after `kill -9`. Each test prints the table of the README.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
@@ -39,8 +40,8 @@ fn sector(block: usize) -> u64 {
     (block * BLOCK / 512) as u64
 }
 
-/// Blocks of the guest's fsync that are lost in the worst of some power losses right after it, and how the disk
-/// presents its cache.
+/// How many blocks of the guest's fsync are missing after any of some power losses right after it, and whether the disk
+/// presents itself as write back.
 fn fsync_then_power_loss(program: &str) -> (usize, bool) {
     const WRITTEN: usize = 64;
     let dir = directory();
@@ -77,14 +78,15 @@ fn fsync_then_power_loss(program: &str) -> (usize, bool) {
     assert_eq!(server.terminate().code(), Some(0));
     let log = Log::read(std::fs::read(log).unwrap());
     let start = vec![0; BLOCKS * BLOCK];
-    let lost = |seed| {
+    let mut lost = BTreeSet::new();
+    for seed in 0..20 {
         let left = log.cut(&start, fsynced, Flushes::Count, &mut Random(seed));
         let blocks = left.chunks(BLOCK).take(WRITTEN).enumerate();
-        blocks.filter(|(n, bytes)| *bytes != content(*n)).count()
-    };
-    let worst = (0..20).map(lost).max().unwrap();
-    println!("  after write, fsync and a power loss: {worst} of {WRITTEN} blocks are lost at worst");
-    (worst, write_back)
+        lost.extend(blocks.filter(|(n, bytes)| *bytes != content(*n)).map(|(n, _)| n));
+    }
+    let lost = lost.len();
+    println!("  after write, fsync and a power loss, {lost} of {WRITTEN} blocks may be lost");
+    (lost, write_back)
 }
 
 #[test]
