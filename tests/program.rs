@@ -208,3 +208,48 @@ fn a_term_signal_under_load() {
         }
     }
 }
+
+/// I/O that never ends: everything that does not have to wait for it goes on, and the end comes when it is asked for twice.
+#[test]
+fn a_disk_that_hangs_leaves_control_answering() {
+    const DEPTH: u16 = 30;
+    let hour = 3600 * 1_000_000_000;
+    let image = Image::new(MIB);
+    let [storage, format] = file(&image, "threads", false);
+    let nodes = [null("stuck", hour), storage, format];
+    let mut program = Program::start(&nodes, &[("stuck", WRITABLE), ("root", WRITABLE)]);
+    let mut stuck = program.connect("stuck", Options { queues: 4, ..small() });
+    let before = program.resources();
+    for q in stuck.queues_mut() {
+        for _ in 0..DEPTH {
+            let read = q.read_request(0, 4096).unwrap();
+            q.push(read).unwrap();
+        }
+        q.kick().unwrap();
+        eventually("requests are taken", || q.ring().mem().avail_event() == DEPTH);
+    }
+    assert_eq!(stuck.read_config().unwrap().capacity(), 64 * MIB / 512);
+    stuck.conn.get_u64(req::GET_FEATURES).unwrap();
+    stuck.plug_memory(1 << 20).unwrap();
+    vub_client::sys::kill(program.pid(), libc::SIGUSR1).unwrap();
+    let mut other = program.connect("root", small());
+    let data = Random(8).bytes(4096);
+    other.queue(0).write(0, &data).unwrap();
+    other.queue(0).flush().unwrap();
+    let after = program.resources();
+    assert!(after[0] <= before[0] + 64 && after[1] <= before[1] + 16, "{before:?} {after:?}");
+    assert_eq!(
+        stuck.queues_mut().iter().map(|q| q.in_flight()).sum::<usize>(),
+        4 * usize::from(DEPTH)
+    );
+
+    // Told once, it waits for the disk, and flushes what it can.
+    other.queue(0).write(8, &data).unwrap();
+    vub_client::sys::kill(program.pid(), libc::SIGTERM).unwrap();
+    eventually("it is on its way", || program.threads().iter().any(|t| t.0 == "signals"));
+    program.assert_alive();
+    // Told again, it does not wait.
+    assert_eq!(program.terminate().code(), Some(1));
+    let there = std::fs::read(image.path()).unwrap();
+    assert!(there[..4096] == data && there[4096..8192] == data);
+}

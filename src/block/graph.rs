@@ -7,8 +7,10 @@
 
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use super::driver::DriverDef;
 use super::links::{Link, LinkId, Slot, Slots, User, refresh};
@@ -44,6 +46,9 @@ pub struct Graph {
     strict_formats: AtomicBool,
     grace: Arc<grace::Domain>,
     upkeep: Arc<Upkeep>,
+    state_dir: OnceLock<PathBuf>,
+    /// Milliseconds.
+    lock_patience: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -118,6 +123,8 @@ impl Graph {
             strict_formats: AtomicBool::new(false),
             grace: Arc::default(),
             upkeep: Arc::default(),
+            state_dir: OnceLock::new(),
+            lock_patience: AtomicU64::new(0),
             state: Mutex::default(),
         })
     }
@@ -131,6 +138,31 @@ impl Graph {
     /// See [`Graph::set_strict_formats`].
     pub fn strict_formats(&self) -> bool {
         self.strict_formats.load(Ordering::Relaxed)
+    }
+
+    /// For how long an image lock that somebody else holds is waited for, in nodes opened from now on: not at all at first.
+    ///
+    /// A killed process keeps its locks until the kernel has ended its last requests, and its successor starts at once. Locks do
+    /// not tell whether their holder lives; so whoever uses an image that is in use by mistake waits, too, before he is told.
+    pub fn set_lock_patience(&self, patience: Duration) {
+        let ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+        self.lock_patience.store(ms, Ordering::Relaxed);
+    }
+
+    /// See [`Graph::set_lock_patience`].
+    pub fn lock_patience(&self) -> Duration {
+        Duration::from_millis(self.lock_patience.load(Ordering::Relaxed))
+    }
+
+    /// Where formats may keep what must outlive the process, before the first node is opened.
+    pub fn set_state_dir(&self, dir: PathBuf) {
+        // The first one stays.
+        let _ = self.state_dir.set(dir);
+    }
+
+    /// See [`Graph::set_state_dir`]; `None`: nowhere.
+    pub fn state_dir(&self) -> Option<&Path> {
+        self.state_dir.get().map(PathBuf::as_path)
     }
 
     /// When can nobody who started earlier use a place on a disk any more: all requests of this graph's nodes take part.

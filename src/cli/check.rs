@@ -225,6 +225,16 @@ fn check_qcow2(job: &Job, node: &Arc<Node>) -> Result<u8> {
             let header = check::read_header(node).await;
             let header =
                 header.map_err(|e| e.prepend(format!("Could not open '{}': ", job.name)))?;
+            if fix != Fix::Nothing
+                && check::give_up_journal(node, &header)
+                    .await
+                    .map_err(|e| Error::from_errno("Could not update qcow2 header", e))?
+            {
+                eprintln!(
+                    "{PROGRAM}: the program that had this image open was killed: what it has not \
+                     written is given up"
+                );
+            }
             Ok(check::check(node, &header, fix, screen).await)
         })
     };

@@ -52,8 +52,18 @@ pub enum Opt {
     LogLevel,
     /// `--print-graph`
     PrintGraph,
+    /// `--state-dir`
+    StateDir,
     /// `--strict-formats`
     StrictFormats,
+    /// `--sandbox`
+    Sandbox,
+    /// `--allow-path`
+    AllowPath,
+    /// `--user`
+    User,
+    /// `--group`
+    Group,
 }
 
 /// Whether an option has an argument.
@@ -108,7 +118,12 @@ static OURS: &[Spec] = &[
     spec("socket-mode", Opt::SocketMode, Argument::Required),
     spec("log-level", Opt::LogLevel, Argument::Required),
     spec("print-graph", Opt::PrintGraph, Argument::Optional),
+    spec("state-dir", Opt::StateDir, Argument::Required),
     spec("strict-formats", Opt::StrictFormats, Argument::None),
+    spec("sandbox", Opt::Sandbox, Argument::Required),
+    spec("allow-path", Opt::AllowPath, Argument::Required),
+    spec("user", Opt::User, Argument::Required),
+    spec("group", Opt::Group, Argument::Required),
 ];
 
 /// One option as it stands on the command line.
@@ -291,7 +306,7 @@ mod tests {
             (&["--help=1"], "option '--help' doesn't allow an argument"),
             (
                 &["--s"],
-                "option '--s' is ambiguous; possibilities: '--socket-path' '--socket-mode' '--strict-formats'",
+                "option '--s' is ambiguous; possibilities: '--socket-path' '--socket-mode' '--strict-formats' '--sandbox'",
             ),
         ] {
             assert_eq!(error(args), expected);

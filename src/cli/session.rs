@@ -3,7 +3,9 @@
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -13,14 +15,20 @@ use super::getopt::{Item, Opt};
 use super::listen;
 use super::objects::{Objects, Outcome};
 use super::plan::Settings;
+use super::state;
 use crate::block::{Graph, Node, print};
 use crate::err;
 use crate::error::Result;
 use crate::qapi::Input;
+use crate::rt::pool::pool;
+use crate::sandbox::{self, Allow};
 use crate::vhost_user::Endpoint;
 
 /// The name of the node that `--blk-file` defines.
 const BLK_FILE_NODE: &str = "blk-file";
+
+/// A disk that takes longer than this to end a killed predecessor's requests is a supervisor's matter: it starts us again.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Everything that the command line made.
 pub struct Session {
@@ -29,6 +37,8 @@ pub struct Session {
     exports: Exports,
     /// Nodes of exports that begin inactive, as long as the command line is processed.
     dormant: Dormant,
+    /// The files that they will open, and whether for writing.
+    later: Vec<(PathBuf, bool)>,
 }
 
 /// What comes after the command line.
@@ -48,6 +58,7 @@ impl Session {
             objects: Objects::default(),
             exports: Exports::default(),
             dormant: Dormant::default(),
+            later: Vec::new(),
         }
     }
 
@@ -58,6 +69,11 @@ impl Session {
     pub fn process(&mut self, settings: &Settings) -> Result<Next> {
         let strict = settings.items.iter().any(|item| item.opt == Some(Opt::StrictFormats));
         self.graph.set_strict_formats(strict);
+        self.graph.set_lock_patience(LOCK_PATIENCE);
+        match state::dir(settings.state_dir.as_deref(), settings.identity.numbers().0) {
+            Some(dir) => self.graph.set_state_dir(dir),
+            None => log::warn!("no state directory: {}", state::WEAKER),
+        }
         // A graph that is only looked at is open.
         if settings.print_graph.is_none() {
             self.dormant = Dormant::plan(settings)?;
@@ -80,6 +96,7 @@ impl Session {
             self.convention(item, settings).map_err(|e| e.prepend(format!("{}: ", item.text)))?;
         }
         // What the nodes look like is known; nothing of them stays open.
+        self.later = self.dormant.files();
         self.dormant = Dormant::default();
         Ok(Next::Serve)
     }
@@ -184,6 +201,32 @@ impl Session {
     /// If one cannot be moved there.
     pub fn publish(&mut self) -> Result<()> {
         self.exports.publish()
+    }
+
+    /// Gives the sockets to another user and group, before they have their names.
+    ///
+    /// # Errors
+    /// Without the right to.
+    pub fn give_to(&self, numbers: (Option<u32>, Option<u32>)) -> Result<()> {
+        self.exports.places().try_for_each(|place| place.give_to(numbers))
+    }
+
+    /// Enters the sandbox, with what the end of the session will take.
+    ///
+    /// # Errors
+    /// If the kernel refuses what it should allow.
+    pub fn confine(&self, mut allow: Allow) -> Result<()> {
+        let dirs = self.exports.places().filter_map(listen::Place::dir);
+        dirs.for_each(|dir| allow.remove_in(dir));
+        self.later.iter().for_each(|(path, writable)| allow.file(path, *writable));
+        // Journals come and go there with the nodes that are written to.
+        self.graph.state_dir().into_iter().for_each(|dir| allow.directory(dir));
+        // Threads made before are not restricted; these have nothing to do yet.
+        self.graph.upkeep().pause();
+        pool().retire();
+        let entered = sandbox::enter(&allow);
+        self.graph.upkeep().resume();
+        entered
     }
 
     /// Starts to serve.

@@ -223,3 +223,39 @@ impl GuestMap {
         at.addr().is_multiple_of(align).then_some(at)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::{FromRawFd, OwnedFd};
+
+    use super::*;
+
+    /// Needs no huge page: none is touched. A wrong length would not be unmapped, either.
+    #[test]
+    fn mappings_of_huge_pages_are_of_whole_ones() {
+        const NAME: &str = "map-rs-huge";
+        const HUGE: u64 = 2 << 20;
+        let flags = libc::MFD_CLOEXEC | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+        // SAFETY: the name is a C string.
+        let fd = unsafe { libc::memfd_create(c"map-rs-huge".as_ptr(), flags) };
+        assert!(fd >= 0, "{}", Errno::last());
+        // SAFETY: a new descriptor that nobody else owns.
+        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        file.set_len(4 * HUGE).unwrap();
+        let mapped = || {
+            let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+            maps.lines().filter(|line| line.contains(NAME)).count()
+        };
+        for (offset, size, pages) in
+            [(0, HUGE, 1), (HUGE + 512, 4096, 1), (HUGE - 1, 2, 2), (4096, 3 * HUGE, 4)]
+        {
+            let region = Region::map(&file, 0, 0, size, offset).unwrap();
+            assert_eq!(region.mapping_len as u64, pages * HUGE, "{size} bytes at {offset}");
+            assert_eq!((region.host.addr() - region.mapping.addr()) as u64, offset % HUGE);
+            assert_eq!(mapped(), 1);
+            drop(region);
+            assert_eq!(mapped(), 0, "{size} bytes at {offset}");
+        }
+    }
+}

@@ -31,6 +31,7 @@ use serde_json::Value;
 
 use super::disk::{DiskSpec, Fault, KINDS, Request};
 use super::history::{Crash, History, Replay, Survivors};
+use super::memory::{Kept, Memory};
 use super::model::{Model, Tag, tag_of};
 pub use super::seeds::{Failure, Report, seeds};
 use super::workload::{Guest, Workload, read};
@@ -94,6 +95,11 @@ pub trait Subject {
     fn survives_kill(&self) -> bool {
         true
     }
+
+    /// Whether there is a directory for what outlives the process ([`Graph::set_state_dir`]).
+    fn has_memory(&self) -> bool {
+        false
+    }
 }
 
 /// At which moments the power is cut.
@@ -139,8 +145,11 @@ struct Opened {
 }
 
 impl Opened {
-    fn new(subject: &dyn Subject) -> Result<Opened, String> {
+    fn new(subject: &dyn Subject, memory: Option<&Memory>) -> Result<Opened, String> {
         let graph = Graph::with_drivers(subject.drivers());
+        if let Some(memory) = memory {
+            graph.set_state_dir(memory.dir());
+        }
         let Value::Object(mut options) = subject.options() else {
             return Err("the options are an object".to_owned());
         };
@@ -173,11 +182,13 @@ pub fn run(subject: &dyn Subject, plan: &Plan) -> Result<Report, Failure> {
     let mut report = Report { runs: 1, ..Report::default() };
     let mut content: Option<HashMap<u64, Tag>> = None;
     for life in 0..plan.lives.max(1) {
-        let run = Life { subject, plan, content: &content, life, seed: rng.next_u64() };
+        let memory = subject.has_memory().then(Memory::new);
+        let memory = memory.as_ref();
+        let run = Life { subject, plan, content: &content, life, seed: rng.next_u64(), memory };
         let result = run.live(&disks, &mut report);
-        let (history, model) = result.map_err(|e| fail(format!("life {life}: {e}")))?;
+        let (history, model, kept) = result.map_err(|e| fail(format!("life {life}: {e}")))?;
         let last = run
-            .crashes(&disks, &history, &model, &mut report)
+            .crashes(&disks, (&history, &kept), &model, &mut report)
             .map_err(|e| fail(format!("life {life}: {e}")))?;
         let Some((images, found)) = last else { break };
         content = Some(found);
@@ -206,7 +217,8 @@ pub fn run_faults(
     let fail = |what: String| Failure { seed: plan.seed, what };
     let mut rng = Rng::new(plan.seed);
     let disks = subject.disks(&mut rng.fork(0));
-    let run_once = Life { subject, plan, content: &None, life: 0, seed: rng.next_u64() };
+    let seed = rng.next_u64();
+    let run_once = Life { subject, plan, content: &None, life: 0, seed, memory: None };
     let counts = run_once.count(&disks, disk).map_err(fail)?;
     for kind in kinds {
         let count = counts[*kind as usize];
@@ -232,6 +244,7 @@ struct Life<'a> {
     content: &'a Option<HashMap<u64, Tag>>,
     life: usize,
     seed: u64,
+    memory: Option<&'a Memory>,
 }
 
 /// What was read: first sectors and bytes.
@@ -272,7 +285,7 @@ impl Life<'_> {
         let plan = Plan { fault: None, ..*self.plan };
         let quiet = Life { plan: &plan, ..*self };
         let sim = quiet.world(disks);
-        quiet.work(&sim)?;
+        quiet.work(&sim).map(drop)?;
         Ok(sim.counts(disk))
     }
 
@@ -281,22 +294,25 @@ impl Life<'_> {
         &self,
         disks: &[DiskSpec],
         report: &mut Report,
-    ) -> Result<(History, Rc<RefCell<Model>>), String> {
+    ) -> Result<(History, Rc<RefCell<Model>>, Kept), String> {
         let sim = self.world(disks);
-        let model = self.work(&sim)?;
+        let (model, kept) = self.work(&sim)?;
         let history = sim.take_history();
         report.operations += model.borrow().len() as u64;
         report.events += history.len() as u64;
         report.changed_in_flight += sim.changed_in_flight();
         report.trace ^= sim.trace();
-        Ok((history, model))
+        Ok((history, model, kept))
     }
 
-    fn work(&self, sim: &Rc<Sim>) -> Result<Rc<RefCell<Model>>, String> {
+    fn work(&self, sim: &Rc<Sim>) -> Result<(Rc<RefCell<Model>>, Kept), String> {
         let faults = self.faulty();
-        let opened = match Opened::new(self.subject) {
+        if let Some(memory) = self.memory {
+            memory.watch(sim);
+        }
+        let opened = match Opened::new(self.subject, self.memory) {
             Ok(opened) => opened,
-            Err(_) if faults => return Ok(Rc::new(RefCell::new(self.model()))),
+            Err(_) if faults => return Ok((Rc::new(RefCell::new(self.model())), Kept::default())),
             Err(e) => return Err(e),
         };
         let node = opened.node();
@@ -311,13 +327,17 @@ impl Life<'_> {
         if !faults {
             self.judge(sim, &node, Stage::Running)?;
         }
+        // The end takes it away, and adds no records.
+        let kept = self.memory.map(Memory::keep);
         let close = sim.run(self.subject.close(node.clone())).map_err(|e| e.to_string())?;
         drop(node);
         opened.close();
+        let kept = self.memory.zip(kept).map(|(memory, kept)| memory.complete(kept));
+        let done = (model, kept.unwrap_or_default());
         match close {
             Err(e) if !faults => Err(format!("closing: {e}")),
-            Ok(()) if !faults => self.after_close(sim, &model).map(|()| model),
-            _ => Ok(model),
+            Ok(()) if !faults => self.after_close(sim, &done.0).map(|()| done),
+            _ => Ok(done),
         }
     }
 
@@ -325,7 +345,8 @@ impl Life<'_> {
     fn after_close(&self, sim: &Sim, model: &Rc<RefCell<Model>>) -> Result<(), String> {
         let again = Sim::new(self.seed);
         sim.specs().into_iter().for_each(|disk| again.add_disk(disk));
-        let opened = Opened::new(self.subject).map_err(|e| format!("after the end: {e}"))?;
+        let opened = Opened::new(self.subject, self.memory);
+        let opened = opened.map_err(|e| format!("after the end: {e}"))?;
         let node = opened.node();
         // Later lives begin with what a crash has left over.
         let stage = if self.life == 0 { Stage::Closed } else { Stage::Crashed(Crash::Power) };
@@ -398,7 +419,7 @@ impl Life<'_> {
     fn crashes(
         &self,
         disks: &[DiskSpec],
-        history: &History,
+        (history, kept): (&History, &Kept),
         model: &Rc<RefCell<Model>>,
         report: &mut Report,
     ) -> Result<Option<Legacy>, String> {
@@ -414,12 +435,15 @@ impl Life<'_> {
             for (crash, survivors) in self.outcomes(&mut rng, &replay) {
                 report.outcomes += 1;
                 let images = replay.crashed(crash, survivors);
-                let crashed = Crashed { life: self, disks, images: &images };
                 let time = history.time_of(*cut);
+                let again = rng.chance(1, 2).then(|| rng.next_u64());
+                let crashed = Crashed { life: self, disks, images: &images, kept, again };
                 let found = crashed.examine(&model.borrow(), crash, time).map_err(|e| {
                     format!("{crash:?} at cut {cut} (time {time}), {survivors:?}: {e}")
                 })?;
-                if heir == Some(number) {
+                // What the process has left beside its disks is not handed down.
+                let whole = crash == Crash::Power || self.memory.is_none();
+                if heir == Some(number) && whole {
                     legacy = Some((images, contents(&found, self.content)));
                 }
             }
@@ -466,17 +490,53 @@ struct Crashed<'a> {
     life: &'a Life<'a>,
     disks: &'a [DiskSpec],
     images: &'a [(String, Pages)],
+    kept: &'a Kept,
+    /// The process that opens the image after a kill is killed, too, at such a moment.
+    again: Option<u64>,
 }
 
 impl Crashed<'_> {
-    /// Opens the disks, checks, reads, compares. Answers what it has read.
-    fn examine(&self, model: &Model, crash: Crash, time: super::Time) -> Result<Found, String> {
-        let Crashed { life, disks, images } = self;
-        let sim = Sim::new(life.seed ^ time);
-        for (disk, (_, image)) in disks.iter().zip(images.iter()) {
+    fn world(&self, images: &[(String, Pages)], time: super::Time) -> Rc<Sim> {
+        let sim = Rc::new(Sim::new(self.life.seed ^ time));
+        for (disk, (_, image)) in self.disks.iter().zip(images.iter()) {
             sim.add_disk(DiskSpec { image: image.clone(), ..disk.clone() });
         }
-        let opened = Opened::new(life.subject)?;
+        sim
+    }
+
+    /// What is there when the image is opened: what the process has left beside the disks is lost with the machine only. Another
+    /// process may have been killed while it opened the image.
+    fn before_opening(
+        &self,
+        crash: Crash,
+        time: super::Time,
+    ) -> Result<Vec<(String, Pages)>, String> {
+        let images = self.images.to_vec();
+        let Some(memory) = self.life.memory else { return Ok(images) };
+        memory.restore((crash == Crash::Kill).then_some((self.kept, time)));
+        let Some(seed) = self.again.filter(|_| crash == Crash::Kill) else { return Ok(images) };
+        let mut rng = Rng::new(seed);
+        let sim = self.world(&images, time);
+        memory.watch(&sim);
+        drop(Opened::new(self.life.subject, Some(memory))?);
+        let history = sim.take_history();
+        let mut replay = Replay::new(&history);
+        let cut = rng.index(history.len() + 1);
+        replay.advance(&history, cut);
+        let (kept, then) = memory.later(self.kept, time, history.time_of(cut));
+        memory.restore(Some((&kept, then)));
+        Ok(replay.crashed(Crash::Kill, Survivors::Random(rng.next_u64())))
+    }
+
+    /// Opens the disks, checks, reads, compares. Answers what it has read.
+    fn examine(&self, model: &Model, crash: Crash, time: super::Time) -> Result<Found, String> {
+        let life = self.life;
+        let images = self.before_opening(crash, time)?;
+        let sim = self.world(&images, time);
+        if let Some(memory) = life.memory {
+            memory.watch(&sim);
+        }
+        let opened = Opened::new(life.subject, life.memory)?;
         let node = opened.node();
         life.judge(&sim, &node, Stage::Crashed(crash))?;
         let found = life.read_all(&sim, &node, model)?;

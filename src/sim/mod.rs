@@ -5,6 +5,7 @@
 //! * [`Rng`], [`Pages`]: random numbers from a seed; sparse images with cheap copies.
 //! * `disk`, [`SIM_DISK`]: disks with a volatile cache whose requests overtake each other; driver `sim-disk`.
 //! * [`History`], [`Replay`]: what happened, and what any crash at any moment could have left.
+//! * `memory`: what a process leaves beside its disks when it is killed (a journal), at any moment of its life.
 //! * [`Sim`]: the scheduler, in place of the kernel.
 //! * [`Model`]: which contents each sector of the guest's disk may have, now and after a crash.
 //! * [`Workload`]: random guests.
@@ -21,6 +22,7 @@ mod disk;
 mod driver;
 pub mod harness;
 mod history;
+mod memory;
 mod model;
 mod pages;
 mod rng;

@@ -13,7 +13,7 @@ pub struct Broken(pub &'static str);
 
 /// One descriptor, as the guest wrote it. The two kinds of ring order the last two fields differently.
 #[repr(C, align(8))]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Desc {
     pub addr: u64,
     pub len: u32,

@@ -25,8 +25,19 @@ impl Program {
 
     /// The same with any program that has this command line.
     pub fn start_other(program: &OsStr, nodes: &[String], exports: &[(&str, &str)]) -> Program {
+        Program::start_in(program, nodes, exports, None)
+    }
+
+    /// The same with what outlives it in `state`.
+    pub fn start_in(
+        program: &OsStr,
+        nodes: &[String],
+        exports: &[(&str, &str)],
+        state: Option<&Path>,
+    ) -> Program {
         let dir = tempfile::tempdir().unwrap();
         let mut command = Command::new(program);
+        command.env("XDG_RUNTIME_DIR", state.unwrap_or(dir.path()));
         for node in nodes {
             command.args(["--blockdev", node]);
         }

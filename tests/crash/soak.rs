@@ -1,20 +1,21 @@
 //! A guest that never stops while program after program is killed under it: writes, reads, flushes, discards against
 //! a model. Every acknowledged byte is there, flushed or not: the guest has not crashed.
 
-use std::os::unix::fs::MetadataExt;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use vub_client::{Base, Client};
+use vub_client::{Client, Options};
 
-use crate::common::{Engine, Image, LIMIT, Random};
-use crate::model::{Load, Model, Stop};
-use crate::options;
+use crate::common::{Engine, LIMIT, Random};
+use crate::format::Format;
+use crate::model::{Load, Stop};
 use crate::place::{Place, in_flight};
+use crate::{bases, options};
 
 /// Kills between two looks at the whole disk.
 const ROUND: u64 = 5;
-const SIZE: u64 = 4 << 20;
+/// Of the disk, in bytes.
+pub const SIZE: u64 = 4 << 20;
 
 #[derive(Debug, Default)]
 struct Sum {
@@ -32,16 +33,23 @@ fn number(variable: &str, otherwise: u64) -> u64 {
     std::env::var(variable).map_or(otherwise, |n| n.parse().expect("a number"))
 }
 
-fn soak(engine: Engine, queues: u16) {
-    let image = Image::new(SIZE);
-    let mut place = Place::new(image.options(engine, "unmap").to_string());
-    let mut client = Client::connect(place.socket(), options(queues)).unwrap();
-    let model = Model::new(SIZE / 512, 0);
+fn soak(engine: Engine, options: Options) {
+    soak_on(&Format::Raw, engine, options);
+}
+
+fn soak_on(format: &Format, engine: Engine, options: Options) {
+    let (queues, packed) = (options.queues, options.packed);
+    // Direct chains take up to twelve entries each.
+    let depth = if options.indirect { 64 } else { 16 };
+    let (image, model) = format.make();
+    let mut place = Place::new(format.options(&image, engine).to_string());
+    let mut client = Client::connect(place.socket(), options).unwrap();
+    assert_eq!(client.has_feature(34), packed);
     let mut random = Random(number("VUB_SEED", 1));
     let mut sum = Sum::default();
     while sum.kills < number("VUB_KILLS", 20) {
-        let load =
-            Load { seed: random.next(), depth: 64, cluster: 128, flush_one_in: 20, gentle: false };
+        let (seed, cluster) = (random.next(), format.cluster() / 512);
+        let load = Load { seed, depth, cluster, flush_one_in: 20, gentle: false };
         let (stop, (sender, ended)) = (Stop::new(false), channel());
         let mut taken = client.take_queues();
         std::thread::scope(|scope| {
@@ -52,7 +60,9 @@ fn soak(engine: Engine, queues: u16) {
             }
             drop(sender);
             for _ in 0..ROUND {
-                kill_once(&mut place, &mut client, &mut random, &ended, &mut sum);
+                kill_once(&mut place, &mut client, &mut random, &ended, &mut sum, || {
+                    format.check(&image, &[0, 3]);
+                });
             }
             stop.now();
         });
@@ -64,10 +74,13 @@ fn soak(engine: Engine, queues: u16) {
         }
         model.settle(&disk);
         client.queue(0).flush().unwrap();
-        assert!(std::fs::read(image.path()).unwrap() == disk, "the file is what the guest sees");
-        assert_eq!(std::fs::metadata(image.path()).unwrap().size(), SIZE);
+        assert!(format.content(&image) == disk, "the image is what the guest sees");
     }
-    println!("{engine:?} {queues} queues: {sum:?}");
+    drop(client);
+    place.terminate();
+    assert_eq!(place.state_files(), [] as [String; 0], "nothing is left of an orderly end");
+    format.check(&image, &[0, 3]);
+    println!("{format:?} {engine:?} {queues} queues, packed {packed}: {sum:?}");
     assert!(sum.amid > 0 && sum.resubmitted > 0, "{sum:?}");
 }
 
@@ -78,6 +91,7 @@ fn kill_once(
     random: &mut Random,
     ended: &Receiver<usize>,
     sum: &mut Sum,
+    examine: impl Fn(),
 ) {
     let most = [8, 300][usize::from(random.below(3) > 0)];
     let wanted = usize::try_from(random.below(most)).unwrap();
@@ -97,11 +111,14 @@ fn kill_once(
         std::hint::spin_loop();
     }
     place.kill();
+    if random.below(4) == 0 {
+        examine();
+    }
     let killed = Instant::now();
     let left: usize = (0..4.min(queues(client))).map(|q| in_flight(client, q)).sum();
     ended.try_iter().for_each(drop);
     place.restart();
-    let base = [Base::Used, Base::Avail][usize::from(random.below(2) == 0)];
+    let base = bases(client.has_feature(34))[usize::from(random.below(2) == 0)];
     client.reconnect(place.socket(), base).unwrap();
     sum.slowest = sum.slowest.max(killed.elapsed());
     wait(1);
@@ -120,20 +137,78 @@ const NATIVE: Engine = Engine { aio: "native", direct: true };
 
 #[test]
 fn one_queue() {
-    soak(URING, 1);
+    soak(URING, options(1, false));
 }
 
 #[test]
 fn four_queues() {
-    soak(URING, 4);
+    soak(URING, options(4, false));
 }
 
 #[test]
 fn four_queues_through_the_page_cache() {
-    soak(THREADS, 4);
+    soak(THREADS, options(4, false));
 }
 
 #[test]
 fn one_queue_with_native_aio() {
-    soak(NATIVE, 1);
+    soak(NATIVE, options(1, false));
+}
+
+#[test]
+fn one_packed_queue() {
+    soak(URING, options(1, true));
+}
+
+/// Chains of several entries, and a ring that is no power of two.
+#[test]
+fn four_packed_queues_of_direct_chains() {
+    soak(URING, Options { indirect: false, queue_size: 255, ..options(4, true) });
+}
+
+#[test]
+fn one_packed_queue_through_the_page_cache() {
+    soak(THREADS, options(1, true));
+}
+
+#[test]
+fn qcow2_with_four_packed_queues() {
+    soak_on(&QCOW2, URING, options(4, true));
+}
+
+const QCOW2: Format = Format::Qcow2 { options: "cluster_size=64k", cluster: 65536, overlay: false };
+const SMALL: Format = Format::Qcow2 { options: "cluster_size=4k", cluster: 4096, overlay: true };
+const SUBCLUSTERS: Format =
+    Format::Qcow2 { options: "extended_l2=on,refcount_bits=64", cluster: 65536, overlay: true };
+const OLD: Format =
+    Format::Qcow2 { options: "compat=0.10,cluster_size=4k", cluster: 4096, overlay: false };
+
+#[test]
+fn qcow2_with_one_queue() {
+    soak_on(&QCOW2, URING, options(1, false));
+}
+
+#[test]
+fn qcow2_with_four_queues() {
+    soak_on(&QCOW2, THREADS, options(4, false));
+}
+
+#[test]
+fn an_overlay_with_one_queue() {
+    soak_on(&SMALL, THREADS, options(1, false));
+}
+
+#[test]
+fn an_overlay_with_four_queues() {
+    soak_on(&SMALL, URING, options(4, false));
+}
+
+#[test]
+fn subclusters_with_four_queues() {
+    soak_on(&SUBCLUSTERS, URING, options(4, false));
+}
+
+#[test]
+fn version_2_with_four_queues() {
+    soak_on(&OLD, NATIVE, options(4, false));
 }

@@ -202,6 +202,12 @@ impl Loop {
         assert!(out.status.success(), "losetup: {}", String::from_utf8_lossy(&out.stderr));
         Loop(String::from_utf8(out.stdout).unwrap().trim().into())
     }
+
+    /// The image has another size: so has the device.
+    pub fn resize(&self) {
+        let done = Command::new("losetup").arg("--set-capacity").arg(&self.0).status();
+        assert!(done.expect("losetup can be started").success());
+    }
 }
 
 impl Drop for Loop {

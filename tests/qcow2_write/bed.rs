@@ -63,7 +63,8 @@ pub fn start(image: &Path, how: How) -> Program {
         node["l2-cache-size"] = json!(1024);
         node["l2-cache-entry-size"] = json!(512);
     }
-    Program::start_other(&program, &[node.to_string()], &[("root", ",writable=on,num-queues=4")])
+    let exports = [("root", ",writable=on,num-queues=4")];
+    Program::start_in(&program, &[node.to_string()], &exports, image.parent())
 }
 
 /// A guest of `queues` queues.

@@ -183,6 +183,11 @@ impl Model {
         self.resolve(disk, self.flushed.load(Ordering::SeqCst))
     }
 
+    /// As [`Model::survive`] with every change that was acknowledged, flushed or not.
+    pub fn survive_all(&self, disk: &[u8]) -> usize {
+        self.resolve(disk, self.tick())
+    }
+
     fn resolve(&self, disk: &[u8], begun: u64) -> usize {
         assert_eq!(disk.len(), self.sectors.len() * SECTOR);
         self.check(0, begun, disk);
@@ -224,7 +229,7 @@ impl Model {
             if stopping && stop.killed {
                 return;
             }
-            if done.is_empty() && !q.ring().arm() {
+            if done.is_empty() && !q.arm() {
                 let mut fds = vec![q.call_fd().as_raw_fd()];
                 if !stopping {
                     fds.push(stop.event.as_raw_fd());

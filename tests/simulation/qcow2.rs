@@ -78,9 +78,9 @@ impl Subject for Qcow2 {
         })
     }
 
-    /// The tables are in memory only until a flush.
-    fn survives_kill(&self) -> bool {
-        false
+    /// The tables are in memory only until a flush; their journal outlives the process.
+    fn has_memory(&self) -> bool {
+        true
     }
 }
 
@@ -280,8 +280,14 @@ fn crowded(setup: &mut Setup, plan: &mut Plan, rng: &mut Rng) {
     plan.workload.mix.flush = 25;
 }
 
+/// Much is zeroed, and little flushed.
+fn discarding(setup: &mut Setup, plan: &mut Plan, _: &mut Rng) {
+    setup.version = 3;
+    plan.workload.mix = Mix { zeroes: 60, discard: 20, flush: 2, ..Mix::default() };
+}
+
 /// Where each deliberate mistake is looked for.
-const PLANS: [(Mutation, Shape, Run); 21] = [
+const PLANS: [(Mutation, Shape, Run); 23] = [
     (Mutation::NoFlushBeforeL2, anything, cut),
     (Mutation::RefcountsLast, anything, cut),
     (Mutation::NoFlushBeforeReftable, growing, cut),
@@ -303,6 +309,8 @@ const PLANS: [(Mutation, Shape, Run); 21] = [
     (Mutation::NoDataFileFlush, external, cut),
     (Mutation::FuaOfDataOnly, stable, cut),
     (Mutation::FreedByRunningFlush, crowded, cut),
+    (Mutation::UnloggedDiscards, discarding, cut),
+    (Mutation::ForgetFirst, anything, cut),
 ];
 
 /// Each mistake is found within this many seeds.
@@ -310,7 +318,9 @@ const SEEDS: u64 = 200;
 
 #[test]
 fn every_mistake_is_found() {
-    assert_eq!(PLANS.map(|(mistake, ..)| mistake), Mutation::ALL, "each has a plan");
+    // Nobody dies between two instructions here: the journal's own tests find the last one.
+    let here = Mutation::ALL.into_iter().filter(|mistake| *mistake != Mutation::TailFirst);
+    assert!(PLANS.iter().map(|(mistake, ..)| *mistake).eq(here), "each has a plan");
     // For whoever works on one of them.
     let only = std::env::var("VUB_MISTAKE").ok();
     let mut missed = Vec::new();

@@ -12,12 +12,14 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::locks::{self, Bytes};
 use crate::block::drivers::posix;
 use crate::block::perm::{Perm, Perms};
 use crate::err;
 use crate::error::{Errno, Error, Result};
+use crate::sandbox;
 
 /// How a file is opened.
 #[derive(Clone, Debug)]
@@ -96,9 +98,18 @@ impl How {
     }
 
     fn cannot_open(&self, errno: Errno) -> Error {
-        Error::from_errno(format_args!("Could not open '{}'", self.filename), errno)
+        let error = Error::from_errno(format_args!("Could not open '{}'", self.filename), errno);
+        match sandbox::refuses_files() && errno == Errno(libc::EACCES) {
+            true => error.with_hint(
+                "the sandbox knows only files that were there when it began: see --allow-path",
+            ),
+            false => error,
+        }
     }
 }
+
+/// Between two looks at locks that somebody holds: restarting is to take less than a second.
+const RETRY: Duration = Duration::from_millis(5);
 
 /// The part of an open file that follows permissions.
 pub(super) struct Access {
@@ -106,6 +117,8 @@ pub(super) struct Access {
     /// The descriptor's number: the same for the life of the file.
     fd: RawFd,
     locking: bool,
+    /// For how long locks that others hold are waited for.
+    patience: Duration,
     /// Changes under the lock of `state` only.
     writable: AtomicBool,
     state: Mutex<State>,
@@ -125,10 +138,10 @@ struct Next {
 
 impl Access {
     /// For a file just opened by [`How::open`], whose descriptor is `fd`.
-    pub(super) fn new(how: How, fd: RawFd, locking: bool) -> Access {
+    pub(super) fn new(how: How, fd: RawFd, locking: bool, patience: Duration) -> Access {
         let writable = AtomicBool::new(how.writable(Perm::empty()));
         let state = Mutex::new(State { held: Bytes::NONE, next: None });
-        Access { how, fd, locking, writable, state }
+        Access { how, fd, locking, patience, writable, state }
     }
 
     /// Whether image locks are taken.
@@ -155,10 +168,7 @@ impl Access {
         let want = Bytes::of(perms);
         let mut next = self.reopen(perms.used)?;
         if self.locking && !state.held.covers(want) {
-            let before = state.held;
-            locks::add(self.fd, &mut state.held, want)?;
-            if let Err(e) = locks::check(self.fd, want) {
-                locks::shrink(self.fd, &mut state.held, before);
+            if let Err(e) = self.take(&mut state.held, want) {
                 let hint = "Is another process using the image";
                 return Err(e.with_hint(format!("{hint} [{}]?", self.how.filename)));
             }
@@ -168,6 +178,20 @@ impl Access {
         }
         state.next = next;
         Ok(())
+    }
+
+    /// Takes locks; while others hold some against them, again and again for a while.
+    fn take(&self, held: &mut Bytes, want: Bytes) -> Result<()> {
+        let (before, begun) = (*held, Instant::now());
+        loop {
+            locks::add(self.fd, held, want)?;
+            let Err(e) = locks::check(self.fd, want) else { return Ok(()) };
+            locks::shrink(self.fd, held, before);
+            if begun.elapsed() >= self.patience {
+                return Err(e);
+            }
+            std::thread::sleep(RETRY);
+        }
     }
 
     /// Opens the file for reading or for writing, if it is not open that way. A file that could be closed for writing

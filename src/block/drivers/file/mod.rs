@@ -16,6 +16,7 @@ use std::io::{Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::sync::{Arc, Once};
+use std::time::Duration;
 
 use access::{Access, How};
 use medium::{Kind, Medium};
@@ -108,7 +109,7 @@ pub(super) fn open(args: &mut OpenArgs<'_>, family: &Family) -> Result<Box<dyn D
         let (driver, wants) = (family.name, family.wants);
         return Err(err!("'{driver}' driver requires '{}' to be {wants}", how.filename));
     }
-    Ok(Box::new(medium(family, how, &choices, file, &meta)?))
+    Ok(Box::new(medium(family, how, (&choices, args.graph.lock_patience()), file, &meta)?))
 }
 
 fn take_choices(args: &mut OpenArgs<'_>) -> Result<Choices> {
@@ -139,7 +140,7 @@ fn take_choices(args: &mut OpenArgs<'_>) -> Result<Choices> {
 fn medium(
     family: &Family,
     how: How,
-    choices: &Choices,
+    (choices, patience): (&Choices, Duration),
     mut file: File,
     meta: &Metadata,
 ) -> Result<Medium> {
@@ -162,7 +163,7 @@ fn medium(
     let fd = file.as_raw_fd();
     let locking = choices.locking.unwrap_or_else(|| locks::supported(fd));
     let file = rt::File::new(file.into(), engine, alignment.request, alignment.memory);
-    Ok(Medium::new(Arc::new(file), kind, Access::new(how, fd, locking), limits, len))
+    Ok(Medium::new(Arc::new(file), kind, Access::new(how, fd, locking, patience), limits, len))
 }
 
 /// The engine for what the user asked for. io_uring, asked for or taken by default, gives way to threads where the

@@ -2,11 +2,12 @@
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use serde_json::{Value, json};
 
 use super::*;
-use crate::block::perm::Perms;
+use crate::block::perm::{Perm, Perms};
 use crate::block::{Dir, Graph, Map, Node, Op, WriteFlags, ZeroFlags};
 use crate::mem::Sg;
 use crate::rt::Buffer;
@@ -126,6 +127,38 @@ fn the_odd_end_reads_as_zeroes_and_grows_when_written() {
     }
 }
 
+/// On machines without devices, too: what a block device's requests make of an end that moves, with a file in its place.
+#[test]
+fn a_device_that_changes_its_size() {
+    let disk = disk();
+    let path = image(disk.path(), 2 * PAGE);
+    let how = How {
+        filename: path.to_str().unwrap().to_owned(),
+        read_only: false,
+        auto_read_only: false,
+        direct: false,
+    };
+    let file = how.open().unwrap();
+    let cut = file.try_clone().unwrap();
+    let fd = file.as_raw_fd();
+    let file = Arc::new(rt::File::new(file.into(), Engine::Threads, 1, 1));
+    let (access, len) = (Access::new(how, fd, false, Duration::ZERO), 2 * PAGE as u64);
+    let medium = Medium::new(file, Kind::Block, access, Limits::default(), len);
+    let read = |offset, len| {
+        let memory = Buffer::new(len, PAGE);
+        rt::block_on(medium.submit(Op::Read { offset, to: Sg::new(&[memory.iovec()]) }))
+    };
+    assert!(medium.follows_medium());
+    cut.set_len(3 * len).unwrap();
+    assert_eq!((medium.look_at_len(), medium.len()), (None, 3 * len));
+    cut.set_len(len).unwrap();
+    assert_eq!((medium.look_at_len(), medium.len()), (Some(len), 3 * len));
+    assert_eq!(read(0, 2 * PAGE), Ok(()));
+    assert_eq!(read(PAGE as u64, 2 * PAGE), Err(Errno::EIO));
+    assert_eq!(read(len, PAGE), Err(Errno::EIO));
+    assert_eq!(read(3 * len, PAGE), Ok(()), "behind what there ever was");
+}
+
 /// features.md: refused as QSD refuses it, for a file that is all hole.
 #[test]
 fn an_odd_hole_is_not_writable_directly() {
@@ -242,7 +275,7 @@ fn a_failed_sync_is_never_forgotten() {
         let (pipe, _) = std::io::pipe().unwrap();
         let fd = std::os::fd::OwnedFd::from(pipe);
         let how = How { filename: "x".into(), read_only: true, auto_read_only: false, direct };
-        let access = Access::new(how, fd.as_raw_fd(), false);
+        let access = Access::new(how, fd.as_raw_fd(), false, Duration::ZERO);
         let file = Arc::new(rt::File::new(fd, Engine::Threads, 1, 1));
         let medium = Medium::new(file.clone(), Kind::Regular, access, Limits::default(), 0);
         let flush = || rt::block_on(medium.submit(Op::Flush));
@@ -332,4 +365,40 @@ fn engines_fall_back() {
     assert_eq!(engine(Some(Engine::IoUring), no), Engine::Threads);
     assert_eq!(engine(Some(Engine::Native), no), Engine::Native);
     assert_eq!(engine(Some(Engine::Threads), || Ok(())), Engine::Threads);
+}
+
+/// A killed process keeps its locks until its last request has ended.
+#[test]
+fn locks_are_waited_for_but_not_for_ever() {
+    let temp = tempfile::NamedTempFile::new().unwrap();
+    temp.as_file().set_len(4096).unwrap();
+    let open = |patience| {
+        let graph = Graph::new();
+        graph.set_lock_patience(patience);
+        let options = json!({"driver": "file", "node-name": "n", "filename": temp.path()});
+        let Value::Object(options) = options else { unreachable!() };
+        let node = graph.add(options).unwrap();
+        let alone = Perms { shared: Perm::CONSISTENT_READ, ..Perms::device(true) };
+        let user = graph.attach_root(&node, "a guest", alone);
+        user.map(|user| (graph, user))
+    };
+    let (graph, user) = open(Duration::ZERO).unwrap();
+    let patience = Duration::from_millis(80);
+    let begun = Instant::now();
+    let error = open(patience).map(drop).unwrap_err().to_string();
+    assert!(error.contains("Failed to get"), "{error}");
+    assert!(begun.elapsed() >= patience);
+    let (waiting, waits) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let successor = scope.spawn(|| {
+            waiting.send(()).unwrap();
+            open(Duration::from_secs(60)).map(drop)
+        });
+        waits.recv().unwrap();
+        // Whether it looks before or after this: it gets them.
+        graph.detach(user);
+        graph.close();
+        drop(graph);
+        successor.join().unwrap().unwrap();
+    });
 }

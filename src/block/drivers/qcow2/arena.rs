@@ -44,6 +44,26 @@ impl Arena {
         Ok(Arena { base, len })
     }
 
+    /// The first `len` words of `file`, shared with whoever maps it later. The file is that long and fully allocated, and is
+    /// never cut: whoever does so kills the process, as in all shared mappings.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn shared(file: &std::fs::File, len: usize) -> Result<Arena, Errno> {
+        use std::os::fd::AsRawFd;
+        let bytes = len.max(1).checked_mul(8).ok_or(Errno(libc::ENOMEM))?;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let fd = file.as_raw_fd();
+        // SAFETY: a new mapping of an open file, at a place that the kernel chooses, touches no memory that exists.
+        let base =
+            unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, libc::MAP_SHARED, fd, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        let base = std::ptr::NonNull::new(base.cast()).ok_or(Errno(libc::ENOMEM))?;
+        Ok(Arena { base, len })
+    }
+
     /// The words.
     #[inline]
     pub fn words(&self) -> &[AtomicU64] {
@@ -84,6 +104,10 @@ pub struct Arena(Vec<AtomicU64>);
 impl Arena {
     pub fn new(len: usize) -> Result<Arena, Errno> {
         Ok(Arena((0..len).map(|_| AtomicU64::new(0)).collect()))
+    }
+
+    pub fn shared(_file: &std::fs::File, _len: usize) -> Result<Arena, Errno> {
+        Err(Errno(libc::ENOTSUP))
     }
 
     pub fn words(&self) -> &[AtomicU64] {

@@ -289,11 +289,28 @@ impl SliceCache {
     /// # Panics
     /// If the run goes over the slice's end.
     pub fn store(&self, slice: u64, index: u32, entries: &[L2Entry]) -> bool {
+        self.store_logged(slice, index, entries, |_| {})
+    }
+
+    /// As [`SliceCache::store`]; `log` gets the words that will change before anybody sees that: their index in the slice, the
+    /// old word, the new one.
+    pub fn store_logged(
+        &self,
+        slice: u64,
+        index: u32,
+        entries: &[L2Entry],
+        log: impl FnOnce(&mut dyn Iterator<Item = (u64, u64, u64)>),
+    ) -> bool {
         let mut state = self.lock();
         let Some(slot) = self.slot(slice) else { return false };
         let Some(tag) = self.tag(slice) else { return false };
         let (first, size) = (index as usize, self.shape.entry_words as usize);
         let words = &self.words(slot)[first * size..(first + entries.len()) * size];
+        let new = entries.iter().flat_map(|e| [e.word, e.bitmap].into_iter().take(size));
+        let old = words.iter().map(|word| word.load(Ordering::Relaxed));
+        let all =
+            ((first * size) as u64..).zip(old.zip(new)).map(|(at, (old, new))| (at, old, new));
+        log(&mut all.filter(|(_, old, new)| old != new));
         let writing = state.slots[slot].writing;
         state.mark(slot, true, writing);
         state.slots[slot].recent = true;

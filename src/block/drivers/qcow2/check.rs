@@ -45,12 +45,26 @@ pub(super) use snapshots::{SnapshotTable, read as read_snapshots};
 pub(super) use walk::l1_budget;
 
 use super::header::{Autoclear, Header, Incompatible, Purpose};
+use super::header_io::HeaderIo;
 use super::layout::Geometry;
 use crate::block::Node;
 use crate::error::{Errno, Error};
 
 /// The most host clusters that are looked at (QEMU's limit); larger files give EFBIG.
 const MAX_CLUSTERS: u64 = i32::MAX as u64;
+
+/// Before a repair: the journal of a process that was killed with this image open is of the past then. Whether there may be one.
+///
+/// # Errors
+/// The header cannot be written.
+pub async fn give_up_journal(file: &Node, header: &Header) -> Result<bool, Errno> {
+    let owned = header.autoclear.intersects(Autoclear::JOURNAL);
+    if owned {
+        let bits = header.autoclear - Autoclear::JOURNAL;
+        HeaderIo::new(header).set_autoclear(file, bits).await?;
+    }
+    Ok(owned)
+}
 
 /// What may be repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -48,6 +48,9 @@ bitflags::bitflags! {
         const BITMAPS = 1;
         /// The external data file is a raw image by itself.
         const DATA_FILE_RAW = 1 << 1;
+        /// Ours, not the format's, which reserves these bits: a number that the journal of the image has, too, as long as nobody
+        /// else opens the image for writing ([`super::journal`]).
+        const JOURNAL = 0xffff_ffff << 32;
         const _ = !0;
     }
 }

@@ -50,6 +50,10 @@ mod flight;
 pub mod header;
 mod header_io;
 mod header_write;
+#[cfg(any(test, feature = "sim"))]
+pub mod journal;
+#[cfg(not(any(test, feature = "sim")))]
+mod journal;
 mod l1;
 pub mod layout;
 mod limits;
@@ -58,6 +62,7 @@ mod opened;
 mod options;
 mod read;
 mod refcount;
+mod replay;
 mod tables;
 mod tidy;
 pub mod write;

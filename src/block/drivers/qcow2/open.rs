@@ -14,6 +14,7 @@ use super::l1::L1Table;
 use super::opened::{self, Found};
 use super::options::Choices;
 use super::read::Corruption;
+use super::replay;
 use super::tidy::Tidy;
 use super::write::Writing;
 use super::{Image, Qcow2};
@@ -46,13 +47,21 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
     let data = edges.len() - 1;
     header.parse_backing_file(&cluster0)?;
     let snapshots = opened::judge(&edges[0].node, &header)?;
+    let (state_dir, mut journal) = (args.graph.state_dir(), None);
     let (header, l1, found) = match purpose {
         Purpose::Write => {
             let found = Found { header, l1, reftable, snapshots };
-            let (header, l1, all) = found.into_writable(&edges[0].node, choices.overlap_check)?;
+            let nodes = (&*edges[0].node, &*edges[data].node);
+            let left = replay::open(nodes, &found, state_dir, args.node_name)?;
+            let (header, l1, all) =
+                found.into_writable(&edges[0].node, choices.overlap_check, &left)?;
+            journal = left.journal.map(|(journal, _)| journal);
             (header, l1, Some(all))
         }
-        Purpose::Read | Purpose::Check => (header, l1, None),
+        Purpose::Read | Purpose::Check => {
+            replay::expect_none(&edges[0].node, &header, state_dir)?;
+            (header, l1, None)
+        }
     };
     edges.extend(open_backing(args, &edges[0].node, &header)?);
     let backing = (edges.len() - 1 > data).then_some(data + 1);
@@ -61,7 +70,9 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
         SliceCache::new(choices.l2).map_err(|_| err!("Could not allocate metadata caches"))?;
     let cluster = to_usize(geometry.cluster_size())?;
     let writing = match found {
-        Some(found) => Some(Writing::new(&edges[0].node, &header, &choices, found, args.graph)?),
+        Some(found) => {
+            Some(Writing::new(&edges[0].node, &header, &choices, found, args.graph, journal)?)
+        }
         None => None,
     };
     let image = Arc::new_cyclic(|me| Image {

@@ -15,6 +15,7 @@ use super::l1::L1Table;
 use super::layout::{HostOffset, OFFSET_MASK, REFTABLE_OFFSET_MASK};
 use super::open::{read_header, read_l1};
 use super::options::Overlap;
+use super::replay;
 use crate::block::Node;
 use crate::err;
 use crate::error::{Errno, Error, Result};
@@ -84,8 +85,8 @@ impl Found {
         Ok(Found { header, l1, reftable, snapshots })
     }
 
-    /// Makes the image writable: repairs it if it was not closed properly, marks its bitmaps, and clears the feature
-    /// bits that nobody here knows. The header and the L1 table may be others afterwards.
+    /// Makes the image writable: repairs it if it was not closed properly, or the journal wants it, marks its bitmaps, clears
+    /// the feature bits that nobody here knows, and begins the journal. The header and the L1 table may be others afterwards.
     ///
     /// # Errors
     /// `Could not repair dirty image`; the header cannot be written; tables of a repaired image cannot be read.
@@ -93,14 +94,19 @@ impl Found {
         mut self,
         file: &Node,
         overlap: Overlap,
+        left: &replay::Opened,
     ) -> Result<(Header, L1Table, ForWriting)> {
-        if self.header.incompatible.contains(Incompatible::DIRTY) {
+        if left.replayed {
+            self = Found::read(file)?;
+        }
+        if left.recount || self.header.incompatible.contains(Incompatible::DIRTY) {
             repair(file, &self.header)?;
             self = Found::read(file)?;
         }
+        let state = left.begin(&self.header);
         let io = HeaderIo::new(&self.header);
         give_up_bitmaps(file, &self.header)?;
-        clear_autoclear(file, &io, &mut self.header)?;
+        set_autoclear(file, &io, &mut self.header, state)?;
         let tables = self.tables(file, overlap)?;
         let Found { header, l1, reftable, .. } = self;
         Ok((header, l1, ForWriting { header: io, reftable, tables }))
@@ -220,15 +226,21 @@ fn give_up_bitmaps(file: &Node, header: &Header) -> Result<()> {
 }
 
 /// Who writes and does not know what an autoclear bit vouches for clears the bit first. A raw data file stays raw,
-/// because guest offsets are host offsets there.
-fn clear_autoclear(file: &Node, io: &HeaderIo, header: &mut Header) -> Result<()> {
+/// because guest offsets are host offsets there. `journal`: what the image says of its journal from now on.
+fn set_autoclear(
+    file: &Node,
+    io: &HeaderIo,
+    header: &mut Header,
+    journal: Autoclear,
+) -> Result<()> {
     let mut kept = header.autoclear & Autoclear::KNOWN;
     kept.set(Autoclear::BITMAPS, header.bitmaps().is_some());
-    if kept == header.autoclear {
-        return Ok(());
+    let wanted = kept | journal;
+    if wanted != header.autoclear {
+        rt::block_on(io.set_autoclear(file, wanted))
+            .map_err(|e| Error::from_errno("Could not update qcow2 header", e))?;
     }
-    rt::block_on(io.set_autoclear(file, kept))
-        .map_err(|e| Error::from_errno("Could not update qcow2 header", e))?;
+    // What it shall be in the end.
     header.autoclear = kept;
     Ok(())
 }

@@ -396,7 +396,7 @@ fn writable(dir: &TempDir, overlap: Overlap) -> (Header, L1Table, ForWriting) {
         snapshots: judge(&node, &header).unwrap(),
         header,
     };
-    let all = found.into_writable(&node, overlap).unwrap();
+    let all = found.into_writable(&node, overlap, &replay::Opened::default()).unwrap();
     drop(node);
     graph.detach(user);
     graph.close();

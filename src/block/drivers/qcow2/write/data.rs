@@ -140,6 +140,7 @@ impl Image {
             Need::Table(l1_index) => self.own_table(w, l1_index, at).await,
             Need::Slice => self.cached_slice(at).await,
             Need::Allocator(blocked) => self.unblock(w, blocked).await,
+            Need::Journal => self.flush().await,
             Need::BadTable(bad, l1_index) => Err(self.corrupt_table(bad, l1_index)),
             Need::BadEntry(bad, start) => Err(self.corrupt_entry(bad, start)),
             Need::Overlap(host) => Err(self.overlap(w, host).await),
@@ -249,8 +250,13 @@ impl Image {
         let (slice, index) = self.slice_of(start);
         loop {
             let mut meta = w.lock();
+            if !self.can_record(w, fill.entries.len()) {
+                drop(meta);
+                self.flush().await?;
+                continue;
+            }
             self.touch(w);
-            if self.cache.store(slice, index, &fill.entries) {
+            if self.store(w, slice, index, &fill.entries)? {
                 self.let_go(w, &mut meta, &fill.freed);
                 end_busy(meta, fill);
                 return Ok(());

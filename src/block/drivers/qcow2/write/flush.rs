@@ -51,6 +51,8 @@ use crate::error::Errno;
 /// What one flush writes: how everything was at one moment.
 struct Copies {
     generation: u64,
+    /// The end of the journal.
+    mark: u64,
     refcounts: Option<Snapshot>,
     slices: Vec<SliceCopy>,
     l1: Vec<(u64, Vec<u8>)>,
@@ -107,6 +109,7 @@ impl Image {
         let mut meta = w.lock();
         Copies {
             generation: meta.limbo.begin_flush(),
+            mark: w.journal.as_ref().map_or(0, |log| log.mark()),
             refcounts: refcounts.then(|| meta.refcounts.snapshot()),
             slices: self.cache.snapshot(),
             l1: self.l1.snapshot(),
@@ -123,6 +126,9 @@ impl Image {
         self.l1.written(&copies.l1, ok);
         if ok {
             meta.limbo.settle(copies.generation);
+            if let Some(log) = &w.journal {
+                log.journal.forget(copies.mark);
+            }
             let refcounts = !self.choices.lazy_refcounts && meta.refcounts.is_dirty();
             if !refcounts && !self.cache.has_dirty() && !self.l1.has_dirty() {
                 w.dirty.store(false, Ordering::Release);
@@ -299,6 +305,6 @@ impl Image {
         if w.dirty_bit.swap(false, Ordering::Relaxed) {
             w.header.mark_clean(self.file()).await?;
         }
-        Ok(())
+        self.release_journal(w).await
     }
 }

@@ -26,6 +26,7 @@ mod flush;
 pub mod limbo;
 pub mod mutation;
 mod plan;
+mod record;
 mod resize;
 mod space;
 pub mod streams;
@@ -41,6 +42,7 @@ use super::Image;
 use super::flight::Flights;
 use super::header::Header;
 use super::header_io::HeaderIo;
+use super::journal::Journal;
 use super::layout::{HostOffset, MAX_HOST_OFFSET};
 use super::opened::ForWriting;
 use super::options::{Choices, Overlap};
@@ -54,6 +56,7 @@ use crate::rt::grace::Domain;
 use busy::Busy;
 use commit::Commit;
 use limbo::{Freed, Limbo};
+use record::Log;
 use streams::Streams;
 
 /// How long entries stay in memory only, at most, unless the guest flushes before.
@@ -108,6 +111,8 @@ pub struct Writing {
     dirty_bit: AtomicBool,
     /// The image contradicts itself: nobody may use it any more.
     fenced: AtomicBool,
+    /// Where changes of entries are recorded for a successor, if anywhere.
+    journal: Option<Arc<Log>>,
     /// Writes fields of the header.
     pub header: HeaderIo,
 }
@@ -135,6 +140,7 @@ impl Writing {
         choices: &Choices,
         found: ForWriting,
         graph: &Graph,
+        journal: Option<Arc<Journal>>,
     ) -> Result<Writing> {
         let no_memory = |_| err!("Could not allocate metadata caches");
         let geometry = header.geometry();
@@ -197,6 +203,7 @@ impl Writing {
             refcounts_too: AtomicBool::new(false),
             dirty_bit: AtomicBool::new(false),
             fenced: AtomicBool::new(false),
+            journal: journal.map(|journal| Log::new(journal, graph.upkeep())),
             header: found.header,
         })
     }
@@ -231,6 +238,9 @@ impl Image {
     fn touch(&self, w: &Writing) {
         if !w.dirty.swap(true, Ordering::AcqRel) {
             self.tend_later(w);
+            if let Some(log) = &w.journal {
+                log.beat_later();
+            }
         }
     }
 

@@ -47,6 +47,12 @@ pub enum Mutation {
     FuaOfDataOnly,
     /// What loses its entry while a flush is running counts as written by that flush.
     FreedByRunningFlush,
+    /// The journal does not learn of discards and zeroes.
+    UnloggedDiscards,
+    /// The journal forgets what a flush is about to write.
+    ForgetFirst,
+    /// Records of the journal count before they are there.
+    TailFirst,
 }
 
 #[cfg(any(test, feature = "sim"))]
@@ -61,7 +67,7 @@ mod switch {
 
     impl Mutation {
         /// All of them.
-        pub const ALL: [Mutation; 21] = [
+        pub const ALL: [Mutation; 24] = [
             Mutation::NoFlushBeforeL2,
             Mutation::RefcountsLast,
             Mutation::NoFlushBeforeReftable,
@@ -83,6 +89,9 @@ mod switch {
             Mutation::NoDataFileFlush,
             Mutation::FuaOfDataOnly,
             Mutation::FreedByRunningFlush,
+            Mutation::UnloggedDiscards,
+            Mutation::ForgetFirst,
+            Mutation::TailFirst,
         ];
     }
 

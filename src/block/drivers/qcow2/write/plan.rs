@@ -40,6 +40,8 @@ pub enum Need {
     Slice,
     /// What the allocator says.
     Allocator(Blocked),
+    /// A flush: there is no room to record a change.
+    Journal,
     /// Nothing helps: the L1 entry is bad.
     BadTable(BadEntry, u64),
     /// Nothing helps: the entry of the cluster that starts here is bad.

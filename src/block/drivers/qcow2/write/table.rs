@@ -10,6 +10,7 @@ use super::space::{TRIES, is_no_space};
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::check::disk::Disk;
 use crate::block::drivers::qcow2::flight::Turn;
+use crate::block::drivers::qcow2::journal::{IN_L1, Record};
 use crate::block::drivers::qcow2::layout::{GuestOffset, HostOffset, L1Entry};
 use crate::block::drivers::qcow2::options::Overlap;
 use crate::block::{Event, Op, ZeroFlags};
@@ -76,12 +77,26 @@ impl Image {
         if old.is_none() {
             self.cache_zeroes(guest);
         }
-        let mut meta = w.lock();
+        let mut meta = loop {
+            let meta = w.lock();
+            if self.can_record(w, 1) {
+                break meta;
+            }
+            drop(meta);
+            if let Err(e) = self.flush().await {
+                w.lock().limbo.push_ready([self.freed_table(table)]);
+                return Err(e);
+            }
+        };
         self.touch(w);
         if self.choices.overlap_check.contains(Overlap::ACTIVE_L2) {
             w.tables.add(self.geometry.host_cluster(table), 1);
         }
         let entry = L1Entry { table: Some(table), copied: true };
+        if let Some(log) = &w.journal {
+            let (old, new) = (self.l1.get(l1_index), entry.encode());
+            log.journal.append([Record { place: IN_L1 | l1_index, old, new }].into_iter());
+        }
         self.l1.set(l1_index, entry.encode());
         if let Some(old) = old {
             self.let_go(w, &mut meta, &[self.freed_table(old)]);

@@ -17,9 +17,11 @@ use std::task::{Poll, Waker};
 
 use super::Writing;
 use super::limbo::Freed;
+use super::mutation::{Mutation, broken};
 use super::plan::Need;
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::header::Autoclear;
+use crate::block::drivers::qcow2::journal::AT_ONCE;
 use crate::block::drivers::qcow2::layout::{GuestOffset, L1Entry, L2Entry, Mapping};
 use crate::block::{Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
@@ -220,7 +222,7 @@ impl Image {
                 meta.busy.wait(first, waker);
                 return Step::Wait;
             }
-            Ok(count) => count,
+            Ok(count) => count.min(AT_ONCE),
             Err(need) => return Step::Needs(need),
         };
         let g = &self.geometry;
@@ -260,8 +262,15 @@ impl Image {
             next = to;
         }
         if changed {
+            if !self.can_record(w, entries.len()) {
+                return Step::Needs(Need::Journal);
+            }
             self.touch(w);
-            if !self.cache.store(slice, index, &entries) {
+            let stored = match broken(Mutation::UnloggedDiscards) {
+                true => Ok(self.cache.store(slice, index, &entries)),
+                false => self.store(w, slice, index, &entries),
+            };
+            if !matches!(stored, Ok(true)) {
                 return Step::Needs(Need::Slice);
             }
             self.let_go(w, &mut meta, &freed);
