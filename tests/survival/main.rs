@@ -36,12 +36,6 @@ fn program() -> String {
     std::env::var("VUB_PROGRAM").unwrap_or(env!("CARGO_BIN_EXE_vhost-user-blk").into())
 }
 
-/// Whether the program keeps what a qcow2 image has not been told yet where a successor finds it.
-fn has_journal() -> bool {
-    let help = Command::new(program()).arg("--help").output().unwrap();
-    String::from_utf8_lossy(&help.stdout).contains("--state-dir")
-}
-
 /// A number that the environment may give.
 fn variable(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |value| value.parse().unwrap())
