@@ -181,7 +181,9 @@ fn kill(server: &mut Server, lines: &Receiver<String>, kills: u64) -> Vec<Outage
 
 /// Prints each time in milliseconds, the longest and the median.
 fn report(what: &str, outages: &[Outage]) {
-    println!("{what}: in flight; ms from SIGKILL until gone, listening, writing; successors refused");
+    println!(
+        "{what}: in flight; ms from SIGKILL until gone, listening, writing; successors refused"
+    );
     for o in outages {
         let [gone, listens, writes] = [o.gone, o.listens, o.writes].map(|t| t.as_millis());
         println!("  {:>3}; {gone:>5} {listens:>5} {writes:>5}; {:>3}", o.in_flight, o.refused);

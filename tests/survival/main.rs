@@ -64,8 +64,7 @@ impl Guest {
         let contrib = Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/guest");
         let mut run = Command::new(contrib.join("run"));
         run.arg("--socket").arg(socket).arg("--script").arg(contrib.join("tests").join(script));
-        let mut child =
-            run.args(more).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = run.args(more).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
         let output = BufReader::new(child.stdout.take().unwrap());
         (Guest(child), output)
     }

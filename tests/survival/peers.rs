@@ -227,7 +227,11 @@ fn what_was_acknowledged_survives_a_kill_here() {
     let _alone = alone();
     for format in ["raw", "qcow2"] {
         let ours = kills(&program(), format, variable("VUB_KILLS", 3));
-        assert_eq!((ours.lost, ours.hanging, ours.twice, ours.damaged), (0, 0, 0, 0), "{format}: {ours:?}");
+        assert_eq!(
+            (ours.lost, ours.hanging, ours.twice, ours.damaged),
+            (0, 0, 0, 0),
+            "{format}: {ours:?}"
+        );
     }
     let theirs = ["raw", "qcow2"].map(|format| kills(QSD, format, 2));
     assert!(theirs[1].lost > 0 && !theirs[1].tracked, "the README says otherwise of {QSD}");
