@@ -212,10 +212,10 @@ fn one_kill(dir: &Path, program: &str, format: &str, random: &mut Random, missed
     }
 }
 
-fn kills(program: &str, format: &str, kills: u64) -> Missed {
+fn kills(program: &str, format: &str) -> Missed {
     let dir = directory();
     let (mut random, mut missed) = (Random(variable("VUB_SEED", 1)), Missed::default());
-    for _ in 0..kills {
+    for _ in 0..variable("VUB_KILLS", 3) {
         one_kill(dir.path(), program, format, &mut random, &mut missed);
     }
     println!("{program}, {format}: {missed:?}");
@@ -226,13 +226,13 @@ fn kills(program: &str, format: &str, kills: u64) -> Missed {
 fn what_was_acknowledged_survives_a_kill_here() {
     let _alone = alone();
     for format in ["raw", "qcow2"] {
-        let ours = kills(&program(), format, variable("VUB_KILLS", 3));
+        let ours = kills(&program(), format);
         assert_eq!(
             (ours.lost, ours.hanging, ours.twice, ours.damaged),
             (0, 0, 0, 0),
             "{format}: {ours:?}"
         );
     }
-    let theirs = ["raw", "qcow2"].map(|format| kills(QSD, format, 2));
+    let theirs = ["raw", "qcow2"].map(|format| kills(QSD, format));
     assert!(theirs[1].lost > 0 && !theirs[1].tracked, "the README says otherwise of {QSD}");
 }
