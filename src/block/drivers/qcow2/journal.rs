@@ -137,7 +137,7 @@ impl Journal {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options.custom_flags(flags).open(&path)?;
-        lock(&file)?;
+        lock(&file, PATIENCE)?;
         let (meta, now) = (file.metadata()?, fs::symlink_metadata(&path)?);
         let ours = meta.is_file() && meta.uid() == crate::sys::effective_uid() && meta.nlink() == 1;
         if !ours || (meta.dev(), meta.ino()) != (now.dev(), now.ino()) {
@@ -178,6 +178,11 @@ impl Journal {
         self.beat();
         self.set(0, MAGIC);
         watch::changed(self, true);
+    }
+
+    /// Whether it was started for this state of the image.
+    pub fn is_of(&self, of: &Identity) -> bool {
+        (self.word(0), self.word(STATE)) == (MAGIC, of.state)
     }
 
     fn set(&self, at: usize, value: u64) {
@@ -254,10 +259,10 @@ impl Journal {
 }
 
 /// The lock of a killed process goes with its last descriptor, a moment after the image's lock at worst.
-fn lock(file: &File) -> io::Result<()> {
+fn lock(file: &File, patience: Duration) -> io::Result<()> {
     let begun = Instant::now();
     while let Err(e) = file.try_lock() {
-        let held = matches!(e, TryLockError::WouldBlock) && begun.elapsed() < PATIENCE;
+        let held = matches!(e, TryLockError::WouldBlock) && begun.elapsed() < patience;
         if !held {
             return Err(io::Error::other(e));
         }
@@ -270,7 +275,7 @@ fn lock(file: &File) -> io::Result<()> {
 pub fn is_waiting(dir: &Path, of: &Identity) -> bool {
     let Ok(file) = File::open(path_in(dir, of)) else { return false };
     let Ok(meta) = file.metadata() else { return false };
-    file.try_lock_shared().is_ok()
+    lock(&file, PATIENCE / 10).is_ok()
         && meta.len() > 0
         && matches!(read(&file, meta.len(), of), Ok(Some(_)))
 }

@@ -105,8 +105,14 @@ pub fn open(
     name: &str,
 ) -> Result<Opened> {
     let none = Opened::default();
-    let Some(dir) = dir else { return Ok(none) };
     let header = &found.header;
+    let killed = header.autoclear.intersects(Autoclear::JOURNAL);
+    let Some(dir) = dir else {
+        if killed {
+            log::warn!("{}", lost(name, "there is no --state-dir"));
+        }
+        return Ok(none);
+    };
     let Some(path) = path_of(file) else {
         log::warn!("{}", weaker(name, "the image is not directly on a file or device"));
         return Ok(none);
@@ -122,7 +128,13 @@ pub fn open(
     };
     let mut opened = Opened::default();
     let result = match left {
-        Ok(None) => Ok(()),
+        Ok(None) => {
+            if killed && !journal.is_of(&of) {
+                let dir = dir.display();
+                log::warn!("{}", lost(name, &format!("its journal is not in {dir}")));
+            }
+            Ok(())
+        }
         Ok(Some(left)) if left.applied => {
             (opened.replayed, opened.recount) = (true, true);
             Ok(())
@@ -162,8 +174,16 @@ pub fn open(
     Ok(opened)
 }
 
+/// That writes are lost, unless the machine lost power, too.
+fn lost(name: &str, why: &str) -> String {
+    format!(
+        "qcow2: node '{name}': the process that had the image open last did not end as it should, \
+         and {why}: what it had not flushed is lost"
+    )
+}
+
 /// That writes may be lost.
-pub fn weaker(name: &str, why: &str) -> String {
+fn weaker(name: &str, why: &str) -> String {
     format!("qcow2: node '{name}': unflushed writes do not survive a crash of this program: {why}")
 }
 
@@ -430,3 +450,7 @@ async fn write_blocks(file: &Node, blocks: &[(u64, Vec<u8>)]) -> std::result::Re
     }
     crew.finish().await
 }
+
+#[cfg(test)]
+#[path = "replay_tests.rs"]
+mod tests;
