@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::*;
+use crate::block::drivers::qcow2::layout::OFFSET_MASK;
 use crate::block::graph::RootUser;
 use crate::block::perm::Perms;
 use crate::block::{Graph, Op, WriteFlags, ZeroFlags};
@@ -259,6 +260,32 @@ fn a_refcount_table_that_did_not_grow_in_time() {
         last.end();
         assert!([0, 3].contains(&bed.run("qemu-img check x")));
     }
+}
+
+#[test]
+fn what_nobody_can_need_goes() {
+    let bed = Bed::new(PLAIN);
+    bed.open().die();
+    assert_eq!(bed.run("mv x y; cp y x; mv state/*.journal state/vhost-user-blk-0-0.journal"), 0);
+    // The image's is still there, by another name; nobody has made a journal for the copy.
+    let other = bed.open();
+    assert_eq!(bed.state(), ["journal"], "only the new one");
+    other.die();
+    let name = std::fs::read_dir(bed.0.path().join("state")).unwrap().next().unwrap().unwrap();
+    // Another boot.
+    let copy = bed.0.path().join("state/vhost-user-blk-1-1.rejected");
+    std::fs::copy(name.path(), &copy).unwrap();
+    bed.open().die();
+    assert_eq!(bed.state(), ["journal", "rejected"], "its image is there");
+    File::options().write(true).open(copy).unwrap().write_all_at(&[7], 8).unwrap();
+    bed.open().die();
+    assert_eq!(bed.state(), ["journal"]);
+    // Of a process that lives.
+    let alive = bed.open();
+    assert_eq!(bed.run("rm x; mv y x"), 0);
+    bed.open().end();
+    assert_eq!(bed.state(), ["journal"]);
+    alive.die();
 }
 
 #[test]
