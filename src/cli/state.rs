@@ -1,4 +1,7 @@
 //! `--state-dir`: where things are that must outlive the process, but not the machine's next boot.
+//!
+//! Not systemd's `$RUNTIME_DIRECTORY` by default: unless the unit says `RuntimeDirectoryPreserve=restart`, it goes when the
+//! service dies, which is what this is for.
 #![forbid(unsafe_code)]
 
 use std::fs::{self, DirBuilder};

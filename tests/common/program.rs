@@ -72,6 +72,14 @@ impl Program {
         Program { child, dir }
     }
 
+    /// Journals of qcow2 images, unless they are kept elsewhere.
+    #[allow(dead_code, reason = "not all tests need it")]
+    pub fn journals(&self) -> usize {
+        let entries = std::fs::read_dir(self.dir.path()).unwrap();
+        let journal = |path: PathBuf| path.extension().is_some_and(|e| e == "journal");
+        entries.filter(|entry| journal(entry.as_ref().unwrap().path())).count()
+    }
+
     /// The socket of a node's export.
     pub fn path(&self, node: &str) -> PathBuf {
         self.dir.path().join(node)
