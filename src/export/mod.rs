@@ -28,7 +28,7 @@ use crate::virtio::ring::Ring;
 mod active;
 mod policy;
 mod queue;
-mod request;
+pub mod request;
 mod resize;
 mod worker;
 
