@@ -1,4 +1,5 @@
 //! The guest's driver: offers requests, sound ones and others, and changes its memory at bad moments.
+#![forbid(unsafe_code)]
 
 use super::entropy::Entropy;
 use super::memory::{EDGES, Memory};
@@ -68,7 +69,11 @@ impl Driver {
             }
         }
         chain.truncate(self.size.into());
-        if self.packed { self.offer_packed(e, memory, &chain) } else { self.offer_split(e, memory, &chain) }
+        if self.packed {
+            self.offer_packed(e, memory, &chain)
+        } else {
+            self.offer_split(e, memory, &chain)
+        }
     }
 
     fn indirect(&self, e: &mut Entropy<'_>, memory: &mut Memory, chain: &[Desc]) -> Desc {

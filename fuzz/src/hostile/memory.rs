@@ -1,4 +1,5 @@
 //! A guest's memory with canaries around its regions, and a copy of it that tells what was written.
+#![forbid(unsafe_code)]
 
 use std::fs::File;
 use std::ops::Range;
@@ -6,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use vhost_user_blk::mem::{GuestMap, IoVec, Region};
+use vhost_user_blk::vhost_user::message::MemRegion;
 
 /// Bytes of the file that all regions lie in.
 const FILE: usize = 0xd000;
@@ -66,8 +68,7 @@ impl Memory {
         let map = Arc::new(GuestMap::new(regions(&file, PLACES.len())).unwrap());
         let len = AREA.end - AREA.start;
         let area = Arc::new(Region::map(&file, 0, 0, len, AREA.start).unwrap());
-        let mut memory =
-            Memory { file, map, area, shadow: vec![0; FILE], found: vec![0; FILE] };
+        let mut memory = Memory { file, map, area, shadow: vec![0; FILE], found: vec![0; FILE] };
         memory.reset();
         memory
     }
@@ -80,6 +81,35 @@ impl Memory {
             self.shadow[index(range)].fill(0);
         }
         self.file.write_all_at(&self.shadow, 0).unwrap();
+    }
+
+    /// The file, for a front end to give away.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The regions, as SET_MEM_TABLE describes them.
+    pub fn table(&self) -> [MemRegion; 3] {
+        PLACES.each_ref().map(|p| MemRegion {
+            guest_addr: p.guest,
+            size: p.len,
+            user_addr: p.user,
+            mmap_offset: p.at,
+        })
+    }
+
+    /// Where requests in flight are kept: offset and length.
+    pub fn area_place(&self) -> (u64, u64) {
+        (AREA.start, AREA.end - AREA.start)
+    }
+
+    /// A device has had all of the guest's memory and the area.
+    ///
+    /// # Panics
+    /// If it has written beside them.
+    pub fn expect_canaries(&mut self) {
+        let places = PLACES.iter().map(|p| p.at..p.at + p.len);
+        self.expect_written(&places.chain([AREA]).collect::<Vec<_>>(), "a session");
     }
 
     /// The guest's memory.

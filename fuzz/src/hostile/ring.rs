@@ -1,5 +1,6 @@
 //! A ring of either kind, its chains, the parser of requests, the tracking of requests in flight: what `export::queue`
 //! does with them, without a disk.
+#![forbid(unsafe_code)]
 
 use std::cell::RefCell;
 use std::ops::Range;
