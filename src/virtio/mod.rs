@@ -3,6 +3,8 @@
 pub mod blk;
 mod chain;
 pub mod inflight;
+#[cfg(test)]
+mod interpreted_tests;
 pub mod packed;
 pub mod queue;
 pub mod ring;

@@ -98,8 +98,8 @@ pub fn descriptor(e: &mut Entropy<'_>, memory: &Memory) -> OwnedFd {
     match e.below(9) {
         0 | 1 => EventFd::new(libc::EFD_NONBLOCK).map(own).unwrap(),
         2 => EventFd::new(0).map(own).unwrap(),
-        3 => vhost_user_blk::sys::memfd(c"fuzz-fd", e.pick(&lens)).unwrap().into(),
-        4 => dup(memory.file()),
+        3 => vhost_user_blk::sys::memfd(c"messages-fd", e.pick(&lens)).unwrap().into(),
+        4 => dup(memory.spare()),
         5 => UnixStream::pair().unwrap().0.into(),
         6 => std::io::pipe().unwrap().0.into(),
         7 => {
@@ -168,7 +168,7 @@ fn address(queue: u32, skew: u64) -> Vec<u8> {
 }
 
 /// One that may be right.
-pub fn message(e: &mut Entropy<'_>, memory: &Memory) -> Parcel {
+pub fn message(e: &mut Entropy<'_>, memory: &mut Memory) -> Parcel {
     let request = if e.one_in(16) { e.word() as u32 } else { e.pick(&KNOWN) };
     let queue = if e.one_in(8) { e.word() as u32 } else { e.below(3) as u32 };
     let table = memory.table();
@@ -182,27 +182,29 @@ pub fn message(e: &mut Entropy<'_>, memory: &Memory) -> Parcel {
             let count = e.below(5);
             let mut payload = words(&[count as u32, 0]);
             for i in 0..count as usize {
-                payload.extend(region(&bent(e, table[i % 3])));
-                fds.push(dup(memory.file()));
+                let (r, file) = bent(e, memory, table[i % 3]);
+                payload.extend(region(&r));
+                fds.push(dup(file));
             }
             payload
         }
         ADD_MEM_REG | REM_MEM_REG => {
-            fds.push(dup(memory.file()));
             let which = e.pick(&[0, 1, 2]);
-            [longs(&[0]), region(&bent(e, table[which]))].concat()
+            let (r, file) = bent(e, memory, table[which]);
+            fds.push(dup(file));
+            [longs(&[0]), region(&r)].concat()
         }
         SET_LOG_BASE => {
-            fds.push(dup(memory.file()));
+            fds.push(dup(memory.spare()));
             longs(&[e.pick(&[0, 1, 8, 4096, 0xd000, 1 << 40]), e.pick(&[0, 1, 4096, u64::MAX])])
         }
         GET_INFLIGHT_FD | SET_INFLIGHT_FD => {
-            fds.push(dup(memory.file()));
             let (offset, len) = memory.area_place();
             let shape = e.pick(&[0x0040_0001, 0x0010_0001, 0x0100_0002, 0x0001_ffff, 0, u32::MAX]);
-            let place =
-                longs(&[e.pick(&[len, 0, 16, u64::MAX]), e.pick(&[offset, 0, 4, u64::MAX])]);
-            [place, words(&[shape])].concat()
+            let place = [e.pick(&[len, len, 0, 16, u64::MAX]), e.pick(&[offset, offset, 0, 4])];
+            let sound = place == [len, offset] && shape < 0x100_0000;
+            fds.push(dup(if sound { memory.file() } else { memory.spare() }));
+            [longs(&place), words(&[shape])].concat()
         }
         SET_VRING_NUM => words(&[queue, e.pick(&[16, 8, 64, 0, 3, 1024, 0x8000, 0x1_0010])]),
         SET_VRING_BASE => {
@@ -248,35 +250,45 @@ pub fn message(e: &mut Entropy<'_>, memory: &Memory) -> Parcel {
         2 if !payload.is_empty() => {
             let at = e.below(payload.len() as u64) as usize;
             payload[at] = e.byte();
+            // Perhaps a place in the file.
+            let spare = |fd: &mut OwnedFd| *fd = dup(memory.spare());
+            if request != SET_DEVICE_STATE_FD {
+                fds.iter_mut().for_each(spare);
+            }
         }
         3 => fds.push(descriptor(e, memory)),
         4 => drop(fds.pop()),
-        5 => (0..e.below(64)).for_each(|_| fds.push(dup(memory.file()))),
+        5 => (0..e.below(64)).for_each(|_| fds.push(dup(memory.spare()))),
         6 if !fds.is_empty() && request != SET_DEVICE_STATE_FD => fds[0] = descriptor(e, memory),
         _ => {}
     }
     let flags = [0, NEED_REPLY, NEED_REPLY, if e.one_in(8) { REPLY } else { 0 }];
     let mut bytes = encode(request, e.pick(&flags), &payload);
-    match e.below(40) {
+    let garble = e.below(40);
+    match garble {
         0 => bytes.truncate(e.below(bytes.len() as u64) as usize),
         1 => bytes[e.below(12) as usize] = e.byte(),
         2 => bytes = (0..e.below(200)).map(|_| e.byte()).collect(),
-        _ => {}
+        _ => return Parcel { bytes, fds },
+    }
+    memory.garble();
+    if request != SET_DEVICE_STATE_FD {
+        fds.iter_mut().for_each(|fd| *fd = dup(memory.spare()));
     }
     Parcel { bytes, fds }
 }
 
-/// A region that may be another.
-fn bent(e: &mut Entropy<'_>, mut r: MemRegion) -> MemRegion {
+/// A region that may be another, and its file.
+fn bent<'a>(e: &mut Entropy<'_>, memory: &'a Memory, mut r: MemRegion) -> (MemRegion, &'a File) {
     let value = if e.one_in(2) { e.pick(&EDGES) } else { e.below(0x9000) };
     match e.below(12) {
         0 => r.guest_addr = value,
         1 => r.user_addr = value,
         2 => r.size = value,
         3 => r.mmap_offset = value,
-        _ => {}
+        _ => return (r, memory.file()),
     }
-    r
+    (r, memory.spare())
 }
 
 /// All that the other end has to say, until it closes.

@@ -1,6 +1,7 @@
 //! A guest's memory with canaries around its regions, and a copy of it that tells what was written.
 #![forbid(unsafe_code)]
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -54,6 +55,9 @@ pub const EDGES: [u64; 10] = [
 /// The memory.
 pub struct Memory {
     file: File,
+    /// As long, of no interest.
+    spare: File,
+    garbled: bool,
     map: Arc<GuestMap>,
     area: Arc<Region>,
     /// What the file must hold.
@@ -62,19 +66,29 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// All zeroes.
-    pub fn new() -> Memory {
-        let file = vhost_user_blk::sys::memfd(c"fuzz", FILE as u64).unwrap();
+    /// All zeroes. `name`: the file's, as /proc tells it.
+    pub fn new(name: &CStr) -> Memory {
+        let file = vhost_user_blk::sys::memfd(name, FILE as u64).unwrap();
+        let spare = vhost_user_blk::sys::memfd(name, FILE as u64).unwrap();
         let map = Arc::new(GuestMap::new(regions(&file, PLACES.len())).unwrap());
         let len = AREA.end - AREA.start;
         let area = Arc::new(Region::map(&file, 0, 0, len, AREA.start).unwrap());
-        let mut memory = Memory { file, map, area, shadow: vec![0; FILE], found: vec![0; FILE] };
+        let mut memory = Memory {
+            file,
+            spare,
+            garbled: false,
+            map,
+            area,
+            shadow: vec![0; FILE],
+            found: vec![0; FILE],
+        };
         memory.reset();
         memory
     }
 
     /// All zeroes again, the canaries alive.
     pub fn reset(&mut self) {
+        self.garbled = false;
         self.shadow.fill(CANARY);
         let places = PLACES.iter().map(|p| p.at..p.at + p.len);
         for range in places.chain([AREA]) {
@@ -83,9 +97,19 @@ impl Memory {
         self.file.write_all_at(&self.shadow, 0).unwrap();
     }
 
-    /// The file, for a front end to give away.
+    /// The file, for a front end to give away, as long as what it says of it is known.
     pub fn file(&self) -> &File {
-        &self.file
+        if self.garbled { &self.spare } else { &self.file }
+    }
+
+    /// From now on nobody knows where messages begin and end.
+    pub fn garble(&mut self) {
+        self.garbled = true;
+    }
+
+    /// Another file, for whatever would be written beside the regions.
+    pub fn spare(&self) -> &File {
+        &self.spare
     }
 
     /// The regions, as SET_MEM_TABLE describes them.

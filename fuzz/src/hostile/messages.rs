@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -97,7 +98,8 @@ impl Bed {
     fn new() -> Bed {
         let (disk, other) = (Disk::new("hostile"), Disk::new("beside"));
         let beside = other.connect();
-        let mut bed = Bed { disk, _other: other, beside, memory: Memory::new(), left: (0, 0) };
+        let mut bed =
+            Bed { disk, _other: other, beside, memory: Memory::new(c"messages"), left: (0, 0) };
         // Workers start when they are needed, and stay.
         bed.converse(Entropy(&[0; 4]), true);
         bed.left = bed.settled();
@@ -112,8 +114,8 @@ impl Bed {
         let next = self.disk.connect();
         expect_answer(&next, "the next front end");
         let maps = fs::read_to_string("/proc/self/maps").unwrap();
-        let mapped = maps.lines().filter(|l| l.contains("fuzz") && l.contains("deleted")).count();
-        (fs::read_dir("/proc/self/fd").unwrap().count(), mapped)
+        let mapped = maps.lines().filter(|l| l.contains("memfd:messages")).count();
+        (names().len(), mapped)
     }
 
     fn converse(&mut self, mut e: Entropy<'_>, both: bool) {
@@ -132,7 +134,7 @@ impl Bed {
         for _ in 0..STEPS {
             match e.below(8) {
                 _ if e.0.is_empty() => break,
-                0..=3 => message(&mut e, &self.memory).send(&stream),
+                0..=3 => message(&mut e, &mut self.memory).send(&stream),
                 4 | 5 => driver.offer(&mut e, &mut self.memory),
                 6 => poke(&mut e, &mut self.memory),
                 _ => {
@@ -177,8 +179,13 @@ pub fn run(data: &[u8]) {
     assert_eq!(left, bed.left, "descriptors and mappings: {:?}", names());
 }
 
-/// What the descriptors are.
-fn names() -> Vec<std::path::PathBuf> {
+/// What is open, but for what others in this process open: files that have names, and the memory of rings.
+fn names() -> Vec<PathBuf> {
     let entries = fs::read_dir("/proc/self/fd").unwrap();
-    entries.filter_map(|e| fs::read_link(e.ok()?.path()).ok()).collect()
+    let names = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+    let ours = |name: &PathBuf| {
+        let name = name.to_string_lossy();
+        !name.starts_with('/') || name.ends_with("(deleted)") && !name.starts_with("/memfd:ring")
+    };
+    names.filter(ours).collect()
 }

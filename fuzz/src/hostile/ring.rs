@@ -31,7 +31,7 @@ const PIECES: usize = 2;
 /// One run.
 pub fn run(data: &[u8]) {
     thread_local! {
-        static MEMORY: RefCell<Memory> = RefCell::new(Memory::new());
+        static MEMORY: RefCell<Memory> = RefCell::new(Memory::new(c"ring"));
     }
     MEMORY.with_borrow_mut(|memory| {
         memory.reset();
