@@ -30,7 +30,7 @@ mod active;
 mod cache;
 mod policy;
 mod queue;
-mod request;
+pub mod request;
 mod resize;
 mod worker;
 
