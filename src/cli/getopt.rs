@@ -54,6 +54,10 @@ pub enum Opt {
     PrintGraph,
     /// `--strict-formats`
     StrictFormats,
+    /// `--control`
+    Control,
+    /// `--take-over`
+    TakeOver,
 }
 
 /// Whether an option has an argument.
@@ -109,6 +113,8 @@ static OURS: &[Spec] = &[
     spec("log-level", Opt::LogLevel, Argument::Required),
     spec("print-graph", Opt::PrintGraph, Argument::Optional),
     spec("strict-formats", Opt::StrictFormats, Argument::None),
+    spec("control", Opt::Control, Argument::Required),
+    spec("take-over", Opt::TakeOver, Argument::Required),
 ];
 
 /// One option as it stands on the command line.

@@ -87,6 +87,11 @@ More:
   --print-graph[=text|json|dot]
                          open the block nodes, print them, and end
   --strict-formats       never guess the format of a backing file
+  --control=<path>       listen here for a successor of the same user (mode 0600)
+  --take-over=<path>     be the successor of the process that listens there: serve what
+                         it serves, with its command line (besides --daemonize and
+                         --log-level nothing else may be given); guests see a pause.
+                         It ends when all is taken over; if that fails, it goes on
 
 SIGTERM, SIGINT and SIGHUP end the program: requests in flight are finished,
 everything is flushed, sockets and pidfile are removed, and the exit code is 0.

@@ -19,12 +19,18 @@ pub enum Plan {
 /// Settings that do not depend on the order of the options.
 #[derive(Debug, Default)]
 pub struct Settings {
+    /// The arguments themselves.
+    pub args: Vec<String>,
     /// All options, in order.
     pub items: Vec<Item>,
     /// Go to the background.
     pub daemonize: bool,
     /// Where the process number goes.
     pub pidfile: Option<String>,
+    /// Where successors ask.
+    pub control: Option<String>,
+    /// Where the predecessor listens.
+    pub take_over: Option<String>,
     /// What is logged, in env_logger's language.
     pub log_level: Option<String>,
     /// Print the graph in this format, and end.
@@ -51,7 +57,7 @@ impl Plan {
     /// # Errors
     /// An option that does not exist or is not used as it should be, in getopt's words.
     pub fn read(args: &[String]) -> Result<Plan> {
-        let mut settings = Settings::default();
+        let mut settings = Settings { args: args.to_vec(), ..Settings::default() };
         let mut exports = 0;
         // Whoever asks for capabilities is told them, whatever else is on the command line.
         if args.iter().any(|arg| arg == "--print-capabilities") {
@@ -83,6 +89,8 @@ impl Settings {
         match item.opt {
             Some(Opt::Daemonize) => self.daemonize = true,
             Some(Opt::Pidfile) => self.pidfile = value(),
+            Some(Opt::Control) => self.control = value(),
+            Some(Opt::TakeOver) => self.take_over = value(),
             Some(Opt::LogLevel) => {
                 check_log_level(item.argument())?;
                 self.log_level = value();
@@ -102,6 +110,15 @@ impl Settings {
 
     /// Options that need, or exclude, each other.
     fn check(&self) -> Result<()> {
+        if self.take_over.is_some() {
+            let own = [Opt::TakeOver, Opt::Daemonize, Opt::LogLevel].map(Some);
+            return match self.items.iter().find(|item| !own.contains(&item.opt)) {
+                Some(item) => {
+                    Err(err!("{}: --take-over serves what the predecessor serves", item.text))
+                }
+                None => Ok(()),
+            };
+        }
         if self.fd.is_some() && self.socket_path.is_some() {
             return Err(err!("--fd and --socket-path exclude each other"));
         }
@@ -202,5 +219,7 @@ mod tests {
         assert!(error(&["--log-level=loud"]).contains("expected error"));
         assert!(error(&["--blk-file=x"]).contains("needs --socket-path"));
         assert!(error(&["--fd=3", "--socket-path=x"]).contains("exclude"));
+        assert!(error(&["--take-over=x", "--blockdev=y"]).starts_with("--blockdev=y: --take-over"));
+        assert!(read(&["--take-over=x", "--daemonize", "--log-level=info"]).is_ok());
     }
 }

@@ -16,7 +16,7 @@ use super::plan::Settings;
 use crate::block::{Graph, Node, print};
 use crate::err;
 use crate::error::Result;
-use crate::qapi::Input;
+use crate::qapi::{Input, Options};
 use crate::vhost_user::Endpoint;
 
 /// The name of the node that `--blk-file` defines.
@@ -24,9 +24,11 @@ const BLK_FILE_NODE: &str = "blk-file";
 
 /// Everything that the command line made.
 pub struct Session {
-    graph: Arc<Graph>,
+    pub(super) graph: Arc<Graph>,
     objects: Objects,
-    exports: Exports,
+    pub(super) exports: Exports,
+    /// What a predecessor has open now.
+    pub(super) to_open: Vec<Options>,
     /// Nodes of exports that begin inactive, as long as the command line is processed.
     dormant: Dormant,
 }
@@ -47,6 +49,7 @@ impl Session {
             graph: Graph::new(),
             objects: Objects::default(),
             exports: Exports::default(),
+            to_open: Vec::new(),
             dormant: Dormant::default(),
         }
     }
@@ -56,11 +59,22 @@ impl Session {
     /// # Errors
     /// The first, with the option's text in front.
     pub fn process(&mut self, settings: &Settings) -> Result<Next> {
+        self.process_after(settings, false)
+    }
+
+    /// The same; if there is a `predecessor`, nodes are only looked at, and nobody listens: it will give all that.
+    ///
+    /// # Errors
+    /// The first, with the option's text in front.
+    pub fn process_after(&mut self, settings: &Settings, predecessor: bool) -> Result<Next> {
         let strict = settings.items.iter().any(|item| item.opt == Some(Opt::StrictFormats));
         self.graph.set_strict_formats(strict);
         // A graph that is only looked at is open.
         if settings.print_graph.is_none() {
             self.dormant = Dormant::plan(settings)?;
+        }
+        if predecessor {
+            self.dormant.take_all();
         }
         self.dormant.set_strict_formats(strict);
         for item in &settings.items {
@@ -80,6 +94,7 @@ impl Session {
             self.convention(item, settings).map_err(|e| e.prepend(format!("{}: ", item.text)))?;
         }
         // What the nodes look like is known; nothing of them stays open.
+        self.to_open = self.dormant.to_open();
         self.dormant = Dormant::default();
         Ok(Next::Serve)
     }
@@ -143,13 +158,17 @@ impl Session {
     /// Exports the node that `--socket-path` or `--fd` (`item`) is for.
     fn convention(&mut self, item: &Item, settings: &Settings) -> Result<()> {
         let node = self.node_to_export(settings)?;
-        let wanted = Wanted::convention(&node, settings.read_only);
+        let read_only = match self.dormant.find(node.name()) {
+            Some(asleep) => asleep.read_only,
+            None => node.read_only(),
+        };
+        let wanted = Wanted::convention(&node, !settings.read_only && !read_only);
         let mode = settings.exports.socket_mode;
         let nodes = (&self.graph, &self.dormant);
         self.exports.add_at(nodes, &self.objects, &wanted, |_| match item.opt {
-            Some(Opt::Fd) => Ok((listen::inherited_endpoint(item.argument())?, None)),
+            Some(Opt::Fd) => Ok((Some(listen::inherited_endpoint(item.argument())?), None)),
             _ => listen::at_path(item.argument(), mode)
-                .map(|(listener, place)| (Endpoint::Listener(listener), Some(place))),
+                .map(|(listener, place)| (Some(Endpoint::Listener(listener)), Some(place))),
         })
     }
 
@@ -161,10 +180,14 @@ impl Session {
             (None, None) => None,
         };
         if let Some(name) = name {
-            let node = self.graph.find(name);
+            let asleep = self.dormant.find(name).map(|asleep| asleep.probe);
+            let node = asleep.or_else(|| self.graph.find(name));
             return node.ok_or_else(|| err!("Cannot find device='' nor node-name='{name}'"));
         }
-        let roots = self.graph.roots();
+        let mut roots = self.graph.roots();
+        if self.dormant.takes_all() {
+            roots.append(&mut self.dormant.roots());
+        }
         match roots.as_slice() {
             [root] => Ok(Arc::clone(root)),
             [] => Err(err!("nothing to export: define a node with --blk-file or --blockdev")),

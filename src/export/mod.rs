@@ -5,7 +5,7 @@
 //! never touches a running queue itself.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
@@ -78,6 +78,8 @@ struct Shared {
     writeback: AtomicBool,
     on_error: OnErrors,
     reports: Mutex<Reports>,
+    /// Queues that keep requests which failed.
+    holding: AtomicU32,
 }
 
 impl Shared {
@@ -205,6 +207,7 @@ impl Export {
             writeback: AtomicBool::new(!config.writethrough),
             on_error: config.on_error,
             reports: Mutex::default(),
+            holding: AtomicU32::new(0),
         });
         let threads = config.threads.clamp(1, usize::from(config.num_queues));
         let state = State {
@@ -258,6 +261,11 @@ impl Export {
         for inbox in self.inboxes() {
             self.send(&inbox, Command::Resume, "resume");
         }
+    }
+
+    /// Whether requests that failed wait: the guest would see them fail if its queues stopped now.
+    pub fn is_holding(&self) -> bool {
+        self.shared.holding.load(Ordering::Relaxed) > 0
     }
 
     fn inboxes(&self) -> Vec<Arc<Inbox>> {

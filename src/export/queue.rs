@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 
 use super::Shared;
@@ -319,11 +320,19 @@ impl Queue {
         let slot = &mut self.slots[usize::from(head)];
         self.held += u32::from(!std::mem::replace(&mut slot.held, true));
         if matches!(self.state, State::Running) {
-            self.state = State::Held;
+            self.set_state(State::Held);
+            let slot = &self.slots[usize::from(head)];
             self.shared.report_stop(self.index, &slot.doing, e);
         }
         self.retry |= e == Errno::ENOSPC;
         self.kept.push((head, slow));
+    }
+
+    fn set_state(&mut self, state: State) {
+        let is_held = |state: &State| u32::from(matches!(state, State::Held));
+        self.shared.holding.fetch_add(is_held(&state), Ordering::Relaxed);
+        self.shared.holding.fetch_sub(is_held(&self.state), Ordering::Relaxed);
+        self.state = state;
     }
 
     /// A request that may have been held has been answered.
@@ -333,7 +342,7 @@ impl Queue {
         }
         self.held -= 1;
         if self.held == 0 && matches!(self.state, State::Held) {
-            self.state = State::Running;
+            self.set_state(State::Running);
             self.shared.report_resume(self.index);
         }
     }
@@ -434,7 +443,7 @@ impl Queue {
 
     fn break_ring(&mut self, why: &str) {
         log::warn!("export '{}': queue {} is broken: {why}", self.shared.id, self.index);
-        self.state = State::Broken;
+        self.set_state(State::Broken);
         if let Some(tracker) = &mut self.tracker {
             tracker.give_up();
         }
@@ -446,7 +455,7 @@ impl Queue {
     /// Takes no more; once nothing is in flight, `answer` gets the ring's base.
     pub fn stop(&mut self, answer: SyncSender<u32>) {
         self.give_up();
-        self.state = State::Stopping(answer);
+        self.set_state(State::Stopping(answer));
     }
 
     /// If the queue is being stopped and nothing is in flight: who waits, and the ring's base.

@@ -13,9 +13,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use super::device_state::Transfer;
+use super::hold::Verdict;
 use super::inflight::{self, Area};
 use super::message::*;
 use super::notify::ConfigChange;
+use super::parcel::Parcel;
 use super::ring::{Kick, Ring, duplicate};
 use super::socket::{Channel, End};
 use super::{Device, memory};
@@ -57,21 +59,21 @@ enum Answer {
 
 /// The state of one connection.
 pub(super) struct Session<'a> {
-    device: &'a dyn Device,
+    pub(super) device: &'a dyn Device,
     name: &'a str,
-    config_change: &'a ConfigChange,
-    rings: Vec<Ring>,
-    map: Arc<GuestMap>,
+    pub(super) config_change: &'a ConfigChange,
+    pub(super) rings: Vec<Ring>,
+    pub(super) map: Arc<GuestMap>,
     /// Where requests in flight are tracked.
-    inflight: Option<Area>,
+    pub(super) inflight: Option<Area>,
     /// What the driver accepted, with [`OWN`]; `None` before it did.
-    features: Option<u64>,
+    pub(super) features: Option<u64>,
     /// The last SET_LOG_BASE.
-    log: Option<Result<Arc<DirtyLog>>>,
-    protocol: Protocol,
-    status: u8,
+    pub(super) log: Option<Result<Arc<DirtyLog>>>,
+    pub(super) protocol: Protocol,
+    pub(super) status: u8,
     /// A transfer of the device's state, from its beginning to its check.
-    state: Option<Transfer>,
+    pub(super) state: Option<Transfer>,
     warnings: u32,
 }
 
@@ -100,7 +102,13 @@ impl<'a> Session<'a> {
     }
 
     /// Serves the front end until the connection ends; afterwards no ring runs and the device has forgotten it.
-    pub(super) fn serve(mut self, channel: &mut Channel<'_>) -> End {
+    pub(super) fn serve(self, channel: &mut Channel<'_>) -> End {
+        self.go_on(channel, &[])
+    }
+
+    /// The same, after the rings of `ran` have been started: another process served them before.
+    pub(super) fn go_on(mut self, channel: &mut Channel<'_>, ran: &[usize]) -> End {
+        self.resume(ran);
         let end = self.converse(channel);
         self.halt_all();
         self.config_change.detach();
@@ -115,6 +123,10 @@ impl<'a> Session<'a> {
         loop {
             let mut message = match channel.receive() {
                 Ok(message) => message,
+                Err(End::Paused) => match self.pause(channel) {
+                    Verdict::Resume => continue,
+                    Verdict::End => return End::HandedOver,
+                },
                 Err(end) => return end,
             };
             log::trace!("{}: {} {:?}", self.name, message.header.name(), message.header);
@@ -129,6 +141,31 @@ impl<'a> Session<'a> {
             // After the reply: QEMU hears nothing else while it waits for one.
             self.config_change.set_running(self.rings.iter().any(|r| r.running));
         }
+    }
+
+    /// Somebody wants another process to go on with this connection: stops all rings as GET_VRING_BASE does, says what there is
+    /// to know, and does nothing more until it is known who serves.
+    fn pause(&mut self, channel: &Channel<'_>) -> Verdict {
+        let Some(ask) = channel.hold.asked() else { return Verdict::Resume };
+        let ran: Vec<usize> = self.all().filter(|i| self.rings[*i].running).collect();
+        self.halt_all();
+        let verdict = ask.settle(self.packed(channel, &ran), Verdict::Resume);
+        if verdict == Verdict::Resume {
+            self.resume(&ran);
+        }
+        verdict
+    }
+
+    fn packed(&self, channel: &Channel<'_>, ran: &[usize]) -> Result<Parcel> {
+        let mut parcel = channel.hold.parcel()?;
+        parcel.body["session"] = self.save(&channel.stream, ran, &mut parcel)?;
+        Ok(parcel)
+    }
+
+    /// Starts the rings of `ran`.
+    fn resume(&mut self, ran: &[usize]) {
+        ran.iter().for_each(|i| self.start_or_warn(*i));
+        self.config_change.set_running(self.rings.iter().any(|r| r.running));
     }
 
     /// Handles one message; answers the bytes of the reply, if there is to be one ("Communication", "REPLY_ACK"), and the
@@ -252,7 +289,7 @@ impl<'a> Session<'a> {
 
 /// Features, status and configuration space.
 impl Session<'_> {
-    fn offered_features(&self) -> u64 {
+    pub(super) fn offered_features(&self) -> u64 {
         self.device.features() | OWN
     }
 
@@ -480,18 +517,13 @@ impl Session<'_> {
     /// Starts ring `i` if it is wanted and does not run.
     fn start(&mut self, i: usize) -> Result<()> {
         let log = self.ring_log(i);
-        let ring = &mut self.rings[i];
+        let ring = &self.rings[i];
         let Some(features) = self.features.map(|f| f & !OWN) else { return Ok(()) };
         if ring.running || !ring.is_wanted() || self.map.regions().is_empty() {
             return Ok(());
         }
-        let packed = is_packed(features);
-        if !is_size(ring.size, packed) {
-            return Err(err!("queue {i}: {} entries: not a power of two", ring.size));
-        }
-        if !ring.is_mapped(&self.map, packed) {
-            return Err(err!("queue {i}: its addresses are not in guest memory"));
-        }
+        self.check_ring(i)?;
+        let ring = &mut self.rings[i];
         let fail = |e: &dyn std::fmt::Display| err!("queue {i}: cannot start: {e}");
         let mut setup = ring.setup(&self.map, features, log).map_err(|e| fail(&e))?;
         setup.inflight = self.inflight.as_ref().and_then(|area| area.view(queue(i), ring.size));
@@ -501,6 +533,18 @@ impl Session<'_> {
         log::debug!("{}: queue {i} starts at {:#x} of {}", self.name, setup.base, ring.size);
         self.device.start_queue(queue(i), setup).map_err(|e| fail(&e))?;
         ring.running = true;
+        Ok(())
+    }
+
+    /// Whether a ring like `i` can run in this memory.
+    pub(super) fn check_ring(&self, i: usize) -> Result<()> {
+        let ring = &self.rings[i];
+        if !is_size(ring.size, self.is_packed()) {
+            return Err(err!("queue {i}: {} entries: not a power of two", ring.size));
+        }
+        if !ring.is_mapped(&self.map, self.is_packed()) {
+            return Err(err!("queue {i}: its addresses are not in guest memory"));
+        }
         Ok(())
     }
 
