@@ -394,6 +394,11 @@ impl Queue {
         Ok(Some(Done { tag, kind, status, used_len: used.len, used_idx, out, inn }))
     }
 
+    /// Asks for a call with the next completion. Whether there is one already.
+    pub fn arm(&mut self) -> bool {
+        either!(&mut self.ring, r => r.arm())
+    }
+
     /// Waits for a completion.
     ///
     /// # Errors
