@@ -149,7 +149,8 @@ impl Drop for Pidfile {
     fn drop(&mut self) {
         // While it is locked nobody else uses the name.
         if !self.left
-            && let Err(e) = fs::remove_file(&self.path) {
+            && let Err(e) = fs::remove_file(&self.path)
+        {
             log::warn!("cannot remove {}: {e}", self.path.display());
         }
     }

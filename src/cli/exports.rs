@@ -276,8 +276,7 @@ impl Exports {
             None => Export::new(graph, &node, config)?,
         };
         // A predecessor gives its own.
-        let ends =
-            if dormant.takes_all() { Ok((None, None)) } else { endpoint(wanted) };
+        let ends = if dormant.takes_all() { Ok((None, None)) } else { endpoint(wanted) };
         match ends {
             Ok((endpoint, place)) => {
                 self.list.push(Running {

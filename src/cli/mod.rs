@@ -36,9 +36,9 @@ use session::{Next, Session};
 use crate::err;
 use crate::error::{Error, Result};
 use crate::sys::{self, Signals};
+use takeover::Control;
 use takeover::predecessor::{self, Outcome};
 use takeover::successor::{self, Takeover};
-use takeover::Control;
 
 /// The signals that are waited for: the first looks at the sizes of the disks, the others end the program.
 const SIGNALS: [i32; 4] = [libc::SIGUSR1, libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
@@ -98,11 +98,11 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
     };
     let mut session = Session::new();
     let mut names = Names::default();
-    let result = begin(&mut session, &mut names, &settings, takeover.as_mut(), &signals)
-        .and_then(|next| match next {
-            Next::Print(text) => print(&text).map(|code| (code, false)),
-            Next::Serve => {
-                serve(&mut session, &mut names, background, &signals)
+    let result =
+        begin(&mut session, &mut names, &settings, takeover.as_mut(), &signals).and_then(|next| {
+            match next {
+                Next::Print(text) => print(&text).map(|code| (code, false)),
+                Next::Serve => serve(&mut session, &mut names, background, &signals),
             }
         });
     if let Ok((_, true)) = result {
@@ -210,8 +210,8 @@ fn serve(
     let signal = loop {
         let mut sources = vec![signals.as_fd()];
         sources.extend(names.control.as_ref().map(|control| control.listener().as_fd()));
-        let woken = sys::wait_readable(&sources, None)
-            .map_err(|e| err!("cannot wait for signals: {e}"))?;
+        let woken =
+            sys::wait_readable(&sources, None).map_err(|e| err!("cannot wait for signals: {e}"))?;
         let (Some(1), Some(control)) = (woken, &names.control) else {
             let signal = signals.wait().map_err(|e| err!("cannot wait for signals: {e}"))?;
             if i32::try_from(signal) != Ok(libc::SIGUSR1) {

@@ -90,8 +90,17 @@ impl Region {
         // SAFETY: all of the mapping just made, whole pages of the file's; `drop` gives up the guard before it unmaps.
         let guard = Some(unsafe { Guard::new(mapping, mapping_len) });
         let file = copy;
-        let region =
-            Region { guest_addr, user_addr, size, mmap_offset, file, host, mapping, mapping_len, guard };
+        let region = Region {
+            guest_addr,
+            user_addr,
+            size,
+            mmap_offset,
+            file,
+            host,
+            mapping,
+            mapping_len,
+            guard,
+        };
         Ok(region)
     }
 

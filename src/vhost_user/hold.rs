@@ -62,7 +62,11 @@ impl Hold {
     /// # Errors
     /// No descriptors left.
     pub(super) fn new(listener: Option<UnixListener>) -> io::Result<Hold> {
-        Ok(Hold { listener, event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?, ask: Mutex::default() })
+        Ok(Hold {
+            listener,
+            event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            ask: Mutex::default(),
+        })
     }
 
     /// What another server needs to serve no connection but the next.

@@ -139,7 +139,9 @@ impl<'a> Channel<'a> {
         while !bytes.is_empty() {
             match send_now(self.stream.as_fd(), bytes) {
                 Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait(libc::POLLOUT, None)?,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.wait(libc::POLLOUT, None)?
+                }
                 Err(e) if is_retry(&e) => {}
                 Err(e) if e.raw_os_error() == Some(libc::EPIPE) => return Err(End::Closed),
                 Err(e) => return Err(End::Io(e)),
@@ -290,7 +292,10 @@ fn peer(stream: &UnixStream) -> Option<libc::ucred> {
 
 /// Receives what is there, at most `buf`'s length, without waiting; 0 is the end.
 pub(crate) fn receive_some(
-    fd: BorrowedFd<'_>, buf: &mut [u8], incoming: &mut Incoming) -> io::Result<usize> {
+    fd: BorrowedFd<'_>,
+    buf: &mut [u8],
+    incoming: &mut Incoming,
+) -> io::Result<usize> {
     let mut control = [0u64; CONTROL_WORDS];
     let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     // SAFETY: `msghdr` is plain data, for which all zeroes is a value.

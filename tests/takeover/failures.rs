@@ -203,7 +203,8 @@ fn requests_that_wait_for_the_storage() {
     let rule = json!([{"event": "none", "iotype": "write", "errno": 5, "once": true}]);
     let node = json!({"driver": "blkdebug", "node-name": "d", "inject-error": rule,
         "image": {"driver": "file", "filename": "image"}});
-    let export = "vhost-user-blk,id=e,node-name=d,writable=on,werror=stop,addr.type=unix,addr.path=s";
+    let export =
+        "vhost-user-blk,id=e,node-name=d,writable=on,werror=stop,addr.type=unix,addr.path=s";
     let mut place = Place::start(dir, &["--blockdev", &node.to_string(), "--export", export]);
     let mut client = Client::connect(place.path("s"), options(1)).unwrap();
     let q = client.queue(0);
@@ -233,7 +234,7 @@ fn only_the_same_user_may_ask() {
     std::fs::copy(PROGRAM, &program).unwrap();
     let mut args = vec!["--reuid=65534", "--clear-groups"];
     args.extend([program.to_str().unwrap(), "--take-over", open.to_str().unwrap()]);
-    let node = "driver=null-co,node-name=d,size=1M";
+    let node = "driver=null-co,node-name=d,size=1048576";
     let export = "vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path=s";
     let control = format!("--control={}", open.display());
     let place = Place::start(Place::dir(), &["--blockdev", node, "--export", export, &control]);

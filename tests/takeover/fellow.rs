@@ -65,8 +65,7 @@ impl Fellow {
         for _ in 0..word(3).div_ceil(200) {
             let mut byte = [0];
             let mut fds = [-1; 253];
-            let mut iov =
-                [libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: byte.len() }];
+            let mut iov = [libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: byte.len() }];
             // SAFETY: `iov` names one byte, which outlives the call.
             let (_, n) = unsafe { self.0.recv_with_fds(&mut iov, &mut fds) }.unwrap();
             for fd in &fds[..n] {

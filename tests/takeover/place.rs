@@ -94,10 +94,10 @@ impl Place {
         assert_eq!(self.pid(), Some(self.child.id()));
     }
 
-    /// The pauses so far, in milliseconds.
-    pub fn pauses(&self) -> Vec<f64> {
-        let log = self.log();
-        let times = log.lines().filter_map(|line| line.split_once("handed over after "));
+    /// How long each pause took until `what`, in milliseconds.
+    pub fn pauses(&self, what: &str) -> Vec<f64> {
+        let (log, what) = (self.log(), format!("take-over: {what} after "));
+        let times = log.lines().filter_map(|line| line.split_once(&what));
         times.map(|(_, time)| milliseconds(time)).collect()
     }
 

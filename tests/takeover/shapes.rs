@@ -115,7 +115,8 @@ fn daemons_and_the_service_manager() {
     };
     let path = |name: &str| dir.path().join(name);
     let pid = || std::fs::read_to_string(path("pid")).unwrap().trim().parse::<u32>().unwrap();
-    let args = ["--daemonize", "--control=ctl", "--pidfile=pid", "--blk-file=image", "--socket-path=s"];
+    let args =
+        ["--daemonize", "--control=ctl", "--pidfile=pid", "--blk-file=image", "--socket-path=s"];
     assert!(run(&args).success());
     let kill = Kill(std::cell::Cell::new(pid()));
     assert_eq!(heard(), "READY=1");

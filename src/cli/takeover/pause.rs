@@ -174,8 +174,7 @@ impl Session {
         if parcels.len() != self.exports.list.len() {
             return Err(err!("{} exports, not {}", self.exports.list.len(), parcels.len()));
         }
-        paused.active =
-            parcels.iter().map(|p| flag(&p.body, "active")).collect::<Result<_>>()?;
+        paused.active = parcels.iter().map(|p| flag(&p.body, "active")).collect::<Result<_>>()?;
         paused.closed = Some(std::mem::take(&mut self.to_open));
         self.reopen(paused)?;
         for (running, parcel) in self.exports.list.iter_mut().zip(parcels) {

@@ -58,11 +58,10 @@ pub fn attend(
         }
     };
     let mut ended = None;
-    let outcome = refused
-        .and_then(|()| prepare(&mut peer, control, session, pidfile, signals))
-        .and_then(|pid| {
-            hand_over(&mut peer, control, session, (signals, &mut ended)).map(|()| pid)
-        });
+    let outcome =
+        refused.and_then(|()| prepare(&mut peer, control, session, pidfile, signals)).and_then(
+            |pid| hand_over(&mut peer, control, session, (signals, &mut ended)).map(|()| pid),
+        );
     match outcome {
         Ok(pid) => {
             daemon::notify(&format!("MAINPID={pid}"));

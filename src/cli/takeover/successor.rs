@@ -114,11 +114,8 @@ impl Takeover {
     fn names(
         &mut self,
         settings: &Settings,
-    ) -> Result<(
-        (UnixListener, Name, Vec<String>),
-        Option<(PathBuf, File)>,
-        Vec<Option<Name>>,
-    )> {
+    ) -> Result<((UnixListener, Name, Vec<String>), Option<(PathBuf, File)>, Vec<Option<Name>>)>
+    {
         let body = std::mem::take(&mut self.config.body);
         let control = &body["control"];
         let listener = UnixListener::from(self.config.take(&control["listener"])?);
