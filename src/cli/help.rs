@@ -93,6 +93,9 @@ More:
                          --log-level nothing else may be given); guests see a pause.
                          It ends when all is taken over; if that fails, it goes on
 
+Upgrade in place, of a process started with --control=/run/vm/disk0.ctl:
+  vhost-user-blk --take-over=/run/vm/disk0.ctl
+
 SIGTERM, SIGINT and SIGHUP end the program: requests in flight are finished,
 everything is flushed, sockets and pidfile are removed, and the exit code is 0.
 SIGUSR1 offers raw images and devices that have become longer to their guests; while

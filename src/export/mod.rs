@@ -239,9 +239,8 @@ impl Export {
             return true;
         }
         let count = lock(&self.state).running.len();
-        for index in 0..u16::try_from(count).unwrap_or(u16::MAX) {
-            self.halt_queue(index);
-        }
+        let all: Vec<u16> = (0..u16::try_from(count).unwrap_or(u16::MAX)).collect();
+        self.halt_queues(&all);
         let workers: Vec<Worker> =
             lock(&self.state).workers.iter_mut().filter_map(Option::take).collect();
         for worker in workers {
@@ -292,13 +291,23 @@ impl Export {
         flushed
     }
 
-    /// Stops a queue (drained). Where its ring would go on, if it was running.
-    fn halt_queue(&self, index: u16) -> Option<u32> {
-        let running = lock(&self.state).running.get(usize::from(index)).copied()?;
-        let next =
-            if running { self.command(index, |answer| Command::Stop(index, answer)) } else { None };
-        lock(&self.state).running[usize::from(index)] = false;
-        next
+    /// Stops queues, at the same time (drained). Where each ring would go on, if it was running.
+    fn halt_queues(&self, indexes: &[u16]) -> Vec<Option<u32>> {
+        let stop = |index: u16| {
+            let running = lock(&self.state).running.get(usize::from(index)).copied()?;
+            let inbox = if running { self.worker(index, false).ok().flatten() } else { None };
+            Some((index, Export::post(&*inbox?, |answer| Command::Stop(index, answer))))
+        };
+        let stopping: Vec<_> = indexes.iter().map(|index| stop(*index)).collect();
+        let wait = |(index, wait)| self.wait(&wait, &format!("queue {index}"));
+        let stopped = stopping.into_iter().map(|one| one.and_then(wait)).collect();
+        let mut state = lock(&self.state);
+        for index in indexes {
+            if let Some(running) = state.running.get_mut(usize::from(*index)) {
+                *running = false;
+            }
+        }
+        stopped
     }
 
     /// The mailbox of the worker that serves queue `index`; started if `start`.
@@ -334,8 +343,16 @@ impl Export {
         make: impl FnOnce(SyncSender<T>) -> Command,
         what: &str,
     ) -> Option<T> {
-        let (answer, wait): (_, Receiver<T>) = sync_channel(1);
+        self.wait(&Export::post(to, make), what)
+    }
+
+    fn post<T>(to: &Inbox, make: impl FnOnce(SyncSender<T>) -> Command) -> Receiver<T> {
+        let (answer, wait) = sync_channel(1);
         to.post(Mail::Command(Box::new(make(answer))));
+        wait
+    }
+
+    fn wait<T>(&self, wait: &Receiver<T>, what: &str) -> Option<T> {
         let start = Instant::now();
         loop {
             match wait.recv_timeout(DRAIN_REPORT) {
@@ -456,13 +473,22 @@ impl Device for Export {
     }
 
     fn stop_queue(&self, index: u16) -> Option<u32> {
-        let next = self.halt_queue(index);
+        self.stop_queues(&[index]).pop().flatten()
+    }
+
+    fn stop_queues(&self, indexes: &[u16]) -> Vec<Option<u32>> {
+        let next = self.halt_queues(indexes);
         // The guest has reset its driver, moves to another host, or is gone: what it has not flushed may stay unflushed
         // for ever.
         if !lock(&self.state).running.contains(&true) {
             self.flush_stopped();
         }
         next
+    }
+
+    fn about_to_stop(&self) {
+        // The flush when all have stopped has less to do then.
+        self.flush();
     }
 
     fn set_call(&self, index: u16, call: Option<OwnedFd>) {

@@ -89,6 +89,12 @@ pub trait Device: Send + Sync {
     /// Stops a ring: takes no new request, waits for those in flight, publishes them. Answers where it would go on (as
     /// [`QueueSetup::base`]); `None` if it did not run. Afterwards no byte of guest memory is touched on its behalf.
     fn stop_queue(&self, index: u16) -> Option<u32>;
+    /// [`Device::stop_queue`] for several rings: they need not wait for each other.
+    fn stop_queues(&self, indexes: &[u16]) -> Vec<Option<u32>> {
+        indexes.iter().map(|index| self.stop_queue(*index)).collect()
+    }
+    /// All rings will be stopped in a moment, and the guest waits for them to start again: what can be done before should be.
+    fn about_to_stop(&self) {}
     /// A message has been handled, and no ring runs; its answer goes out afterwards. A ring that only moves does not come by
     /// here between its stop and its start.
     fn no_ring_runs(&self) {}

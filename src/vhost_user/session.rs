@@ -148,6 +148,9 @@ impl<'a> Session<'a> {
     fn pause(&mut self, channel: &Channel<'_>) -> Verdict {
         let Some(ask) = channel.hold.asked() else { return Verdict::Resume };
         let ran: Vec<usize> = self.all().filter(|i| self.rings[*i].running).collect();
+        if !ran.is_empty() {
+            self.device.about_to_stop();
+        }
         self.halt_all();
         let verdict = ask.settle(self.packed(channel, &ran), Verdict::Resume);
         if verdict == Verdict::Resume {
@@ -562,17 +565,31 @@ impl Session<'_> {
 
     /// Stops ring `i` if it runs: no request is in flight afterwards, and the ring knows where to go on.
     fn halt(&mut self, i: usize) {
-        let ring = &mut self.rings[i];
-        if std::mem::take(&mut ring.running) {
-            match self.device.stop_queue(queue(i)) {
-                Some(base) => ring.base = Some(base),
-                None => self.warn(&format!("queue {i}: it had stopped by itself")),
-            }
+        if self.rings[i].running {
+            let base = self.device.stop_queue(queue(i));
+            self.halted(i, base);
         }
     }
 
+    fn halted(&mut self, i: usize, base: Option<u32>) {
+        self.rings[i].running = false;
+        match base {
+            Some(base) => self.rings[i].base = Some(base),
+            None => self.warn(&format!("queue {i}: it had stopped by itself")),
+        }
+    }
+
+    /// The same for all: they do not wait for each other.
     fn halt_all(&mut self) {
-        self.all().for_each(|i| self.halt(i));
+        let running: Vec<usize> = self.all().filter(|i| self.rings[*i].running).collect();
+        if running.is_empty() {
+            return;
+        }
+        let queues: Vec<u16> = running.iter().map(|i| queue(*i)).collect();
+        let bases = self.device.stop_queues(&queues);
+        for (i, base) in running.into_iter().zip(bases) {
+            self.halted(i, base);
+        }
     }
 
     /// What GET_VRING_BASE does, also for a front end that describes a running ring anew without saying so.

@@ -140,7 +140,7 @@ impl<'a> Channel<'a> {
             match send_now(self.stream.as_fd(), bytes) {
                 Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    self.wait(libc::POLLOUT, None)?
+                    self.wait(libc::POLLOUT, None)?;
                 }
                 Err(e) if is_retry(&e) => {}
                 Err(e) if e.raw_os_error() == Some(libc::EPIPE) => return Err(End::Closed),
