@@ -9,7 +9,7 @@ use std::sync::mpsc::Receiver;
 use serde_json::json;
 use vub_client::{Client, Options};
 
-use crate::fellow::{ACTIVATED, FAILED, Fellow, HELLO, READY, frame};
+use crate::fellow::{ACTIVATED, EXPORT, FAILED, Fellow, GO, HELLO, READY, frame};
 use crate::load::{disk, new_model, options, under_load, wait};
 use crate::place::{PROGRAM, Place, wait_for};
 
@@ -43,14 +43,14 @@ fn at_each_step(place: &mut Place, ended: &Receiver<usize>) {
     drop(Fellow::connect(&ctl));
     let mut fellow = Fellow::connect(&ctl);
     fellow.say(b"GET / HTTP/1.1\r\n\r\n");
-    assert_eq!(fellow.is_refused(), "the other process does not speak this protocol");
+    assert_eq!(fellow.refusal(), "the other process does not speak this protocol");
     let mut fellow = Fellow::connect(&ctl);
     fellow.send(HELLO, &json!({"versions": [2, 3]}));
-    assert_eq!(fellow.is_refused(), "the successor speaks versions [2, 3], not 1 to 1");
+    assert_eq!(fellow.refusal(), "the successor speaks versions [2, 3], not 1 to 1");
     drop(Fellow::introduced(&ctl));
     let mut fellow = Fellow::introduced(&ctl);
     fellow.send(FAILED, &json!({"error": "no mood"}));
-    assert_eq!(fellow.is_refused(), "the other process has failed: no mood");
+    assert_eq!(fellow.refusal(), "the other process has failed: no mood");
     wait(ended, 100);
     place.assert_alive();
     assert_eq!(pauses(place), 0, "{}", place.log());
@@ -68,11 +68,11 @@ fn at_each_step(place: &mut Place, ended: &Receiver<usize>) {
     wait(ended, 100);
     let (mut fellow, _) = Fellow::told(&ctl, 1);
     fellow.send(FAILED, &json!({"error": "no memory"}));
-    assert_eq!(fellow.is_refused(), "the other process has failed: no memory");
+    assert_eq!(fellow.refusal(), "the other process has failed: no memory");
     wait(ended, 100);
     let (mut fellow, _) = Fellow::told(&ctl, 1);
     fellow.send(READY, &json!({"pid": 1}));
-    assert_eq!(fellow.is_refused(), "the other process sent 3, not Activated");
+    assert_eq!(fellow.refusal(), "the other process sent 3, not Activated");
     wait(ended, 100);
     assert_eq!(pauses(place), 4, "{}", place.log());
 
@@ -114,7 +114,7 @@ fn powerless() -> Command {
 fn an_image_that_the_successor_may_not_open() {
     survive("qcow2", options(2), |place, _| {
         let image = place.path("image");
-        std::fs::set_permissions(&image, Permissions::from_mode(0)).unwrap();
+        std::fs::set_permissions(&image, Permissions::from_mode(0o000)).unwrap();
         place.fail_to_take_over(&mut powerless());
         // May be read, but not written.
         std::fs::set_permissions(&image, Permissions::from_mode(0o400)).unwrap();
@@ -132,7 +132,7 @@ fn an_image_that_the_predecessor_could_not_open_again() {
         std::fs::rename(place.path("image"), place.path("elsewhere")).unwrap();
         let mut fellow = Fellow::introduced(&place.path("ctl"));
         fellow.send(READY, &json!({"pid": 1}));
-        let why = fellow.is_refused();
+        let why = fellow.refusal();
         assert_eq!(why, "Could not open 'image': No such file or directory");
         std::fs::rename(place.path("elsewhere"), place.path("image")).unwrap();
     });
@@ -243,4 +243,91 @@ fn only_the_same_user_may_ask() {
     assert_eq!(foreign.status.code(), Some(1));
     wait_for("the refusal", || place.log().contains("belongs to user 65534").then_some(()));
     assert!(place.log().contains("refused"));
+}
+
+/// A real successor of a predecessor that says what we want, of one idle export.
+struct Heir {
+    child: std::process::Child,
+    predecessor: Fellow,
+    dir: tempfile::TempDir,
+}
+
+impl Heir {
+    /// It has said READY.
+    fn ready() -> Heir {
+        let dir = Place::dir();
+        let control = std::os::unix::net::UnixListener::bind(dir.path().join("ctl")).unwrap();
+        let mut command = Command::new(PROGRAM);
+        let child = command.arg("--take-over=ctl").current_dir(dir.path());
+        let child = child.stderr(std::process::Stdio::piped()).spawn().unwrap();
+        let mut predecessor = Fellow(control.accept().unwrap().0);
+        predecessor.0.set_read_timeout(Some(crate::common::LIMIT)).unwrap();
+        assert_eq!(predecessor.hear(HELLO)["versions"], json!([1, 1]));
+        let export = "vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path=s";
+        let args = ["--blockdev=driver=null-co,node-name=d,size=1048576", "--export", export];
+        predecessor.configure(&args, &control, dir.path());
+        assert_eq!(predecessor.hear(READY)["pid"], child.id());
+        Heir { child, predecessor, dir }
+    }
+
+    fn export(wce: u32) -> serde_json::Value {
+        let serves = json!({"listener": null, "session": null});
+        json!({"id": "e", "active": true, "wce": wce, "serves": serves})
+    }
+
+    /// It has said ACTIVATED.
+    fn activated() -> Heir {
+        let mut heir = Heir::ready();
+        heir.predecessor.send(EXPORT, &Heir::export(1));
+        heir.predecessor.hear(ACTIVATED);
+        heir
+    }
+
+    /// It ends, and has touched no name.
+    fn ends(self) -> String {
+        drop(self.predecessor);
+        let out = self.child.wait_with_output().unwrap();
+        assert_eq!(out.status.code(), Some(1));
+        assert!(self.dir.path().join("ctl").exists() && !self.dir.path().join("s").exists());
+        String::from_utf8(out.stderr).unwrap()
+    }
+}
+
+#[test]
+fn a_predecessor_that_goes_or_talks_nonsense() {
+    assert!(Heir::ready().ends().contains("the other process has gone"));
+    assert!(Heir::activated().ends().contains("the other process has gone"));
+    for body in [json!({}), json!({"id": "f", "active": true, "wce": 1}), Heir::export(256)] {
+        let mut heir = Heir::ready();
+        heir.predecessor.send(EXPORT, &body);
+        heir.predecessor.hear(FAILED);
+        heir.ends();
+    }
+    let mut heir = Heir::activated();
+    heir.predecessor.send(FAILED, &json!({"error": "no mood"}));
+    assert!(heir.ends().contains("no mood"));
+}
+
+/// It is told to end while it waits for GO: GO cannot be said any more then.
+#[test]
+fn a_signal_before_the_point_of_no_return() {
+    let mut heir = Heir::activated();
+    vub_client::sys::kill(heir.child.id(), libc::SIGTERM).unwrap();
+    wait_for("its end", || heir.child.try_wait().unwrap());
+    let go = std::io::Write::write(&mut heir.predecessor.0, &frame(GO, &json!(null)));
+    assert_eq!(go.unwrap_err().raw_os_error(), Some(libc::EPIPE));
+    heir.ends();
+}
+
+/// GO has been said, and is not taken back: whoever has heard it serves, signals come later.
+#[test]
+fn the_point_of_no_return() {
+    let mut heir = Heir::activated();
+    heir.predecessor.send(GO, &json!(null));
+    drop(heir.predecessor);
+    // Its own control socket works: that is what it serves as well.
+    let refused = Fellow::introduced(&heir.dir.path().join("ctl"));
+    drop(refused);
+    vub_client::sys::kill(heir.child.id(), libc::SIGTERM).unwrap();
+    assert_eq!(wait_for("its end", || heir.child.try_wait().unwrap()).code(), Some(0));
 }

@@ -1,7 +1,8 @@
-//! A successor that says what a test wants: the protocol of `src/cli/takeover`, by hand.
+//! A successor, or predecessor, that says what a test wants: the protocol of `src/cli/takeover`, by hand.
 
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -16,7 +17,9 @@ pub const EXPORT: u32 = 4;
 pub const ACTIVATED: u32 = 5;
 pub const FAILED: u32 = 7;
 
-pub struct Fellow(UnixStream);
+pub const GO: u32 = 6;
+
+pub struct Fellow(pub UnixStream);
 
 /// The bytes of a frame without files.
 pub fn frame(kind: u32, body: &Value) -> Vec<u8> {
@@ -47,6 +50,20 @@ impl Fellow {
         fellow.send(READY, &json!({"pid": 1}));
         let told = (0..exports).map(|_| fellow.hear(EXPORT)).collect();
         (fellow, told)
+    }
+
+    /// As a predecessor: the config of one that serves with `args` and has this control socket.
+    pub fn configure(&mut self, args: &[&str], control: &UnixListener, dir: &Path) {
+        let place = json!({"path": dir.join("ctl"), "dev": 0, "ino": 0});
+        let body = json!({
+            "version": 1, "args": args, "directory": dir, "exports": [null],
+            "control": {"listener": 0, "place": place}, "pidfile": null,
+        });
+        let mut bytes = frame(CONFIG, &body);
+        bytes[12] = 1;
+        self.say(&bytes[..16]);
+        self.0.send_with_fd(&[0u8][..], control.as_raw_fd()).unwrap();
+        self.say(&bytes[16..]);
     }
 
     pub fn say(&mut self, bytes: &[u8]) {
@@ -81,7 +98,7 @@ impl Fellow {
     }
 
     /// Is told why it goes no further, and then nothing.
-    pub fn is_refused(mut self) -> String {
+    pub fn refusal(mut self) -> String {
         let why = self.hear(FAILED)["error"].as_str().unwrap().to_owned();
         self.0.shutdown(std::net::Shutdown::Write).unwrap();
         match self.0.read(&mut [0]) {

@@ -27,7 +27,7 @@
 //!    killed closes it when its last thread is gone.
 //! 3. **GO is the point of no return.** Before it the successor has not started a ring, not answered a message and not
 //!    accepted a connection; what it needs for that (memory, images, locks, threads of its servers) it has by then. A
-//!    successor that does not hear GO ends. A predecessor that has sent GO does nothing but end.
+//!    successor that does not hear GO ends, and before it does, makes sure that GO cannot be said any more. A predecessor that has sent GO does nothing but end.
 //! 4. **No name changes hands but by GO**: sockets and pidfile stay where they are; before GO only the predecessor would
 //!    remove them, after GO only the successor. The pidfile's lock belongs to the open file, which both have.
 //! 5. **Between two messages.** A message that has begun is handled by who began; unread ones stay in the stream.

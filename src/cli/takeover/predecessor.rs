@@ -83,7 +83,7 @@ fn prepare(
     pidfile: Option<&Pidfile>,
     signals: &Signals,
 ) -> Result<i32> {
-    let signals = signals.as_fd();
+    let signals = Some(signals.as_fd());
     let within = |limit| Instant::now() + limit;
     let hello = peer.expect(Kind::Hello, within(TALK_LIMIT), signals)?.body;
     let theirs: Vec<_> = list(&hello, "versions")?.iter().filter_map(|v| v.as_u64()).collect();
@@ -131,7 +131,7 @@ fn hand_over(
         let parcels = session.pause(&mut paused, start + PAUSE_LIMIT)?;
         log::info!("take-over: paused after {:?}", start.elapsed());
         parcels.iter().try_for_each(|parcel| peer.send(Kind::Export, parcel))?;
-        peer.expect(Kind::Activated, Instant::now() + ACTIVATE_LIMIT, signals.as_fd())?;
+        peer.expect(Kind::Activated, Instant::now() + ACTIVATE_LIMIT, Some(signals.as_fd()))?;
         peer.send(Kind::Go, &Parcel::default())
     });
     match result {

@@ -49,7 +49,7 @@ pub fn ask(path: &str, own: &Settings, signals: &Signals) -> Result<(Takeover, B
         "versions": VERSIONS, "program": crate::cli::help::version().trim(), "pid": std::process::id(),
     });
     peer.send(Kind::Hello, &body.into())?;
-    let config = peer.expect(Kind::Config, Instant::now() + TALK_LIMIT, signals.as_fd())?;
+    let config = peer.expect(Kind::Config, Instant::now() + TALK_LIMIT, Some(signals.as_fd()))?;
     let version: u64 = number(&config.body, "version")?;
     if !(VERSIONS[0]..=VERSIONS[1]).contains(&version) {
         return Err(err!("the predecessor wants version {version}"));
@@ -91,7 +91,7 @@ impl Takeover {
             exports.push(self.peer.expect(
                 Kind::Export,
                 Instant::now() + PREPARE_LIMIT,
-                signals,
+                Some(signals),
             )?);
         }
         let mut paused = Paused::default();
@@ -99,8 +99,8 @@ impl Takeover {
         // All that may fail comes before GO.
         let (control, pidfile, places) = self.names(settings)?;
         self.peer.send(Kind::Activated, &Parcel::default())?;
-        // Whatever else comes is not GO: servers that only pause end with `paused`.
-        self.peer.expect(Kind::Go, Instant::now() + TALK_LIMIT, signals)?;
+        // Without it, servers that only pause end with `paused`.
+        self.peer.expect_go(signals)?;
         paused.resume();
         session.set_places(places.into_iter().map(|place| place.map(Name::ours)).collect());
         let (listener, place, args) = control;

@@ -70,6 +70,11 @@ impl Peer {
         let lens = [document.len(), files.len()].map(|n| u32::try_from(n).expect("limited"));
         let header = [MAGIC, kind as u32, lens[0], lens[1]].map(u32::to_le_bytes).concat();
         let gone = |e: &dyn std::fmt::Display| err!("cannot reach the other process: {e}");
+        if files.is_empty() {
+            // In one piece: what is short has been said wholly, or not at all.
+            let whole = [&header, document.as_bytes()].concat();
+            return self.stream.write_all(&whole).map_err(|e| gone(&e));
+        }
         self.stream.write_all(&header).map_err(|e| gone(&e))?;
         for some in files.chunks(FILES_EACH) {
             self.stream.send_with_fds(&[&[0u8][..]], some).map_err(|e| gone(&e))?;
@@ -85,7 +90,7 @@ impl Peer {
         &mut self,
         kind: Kind,
         deadline: Instant,
-        signals: BorrowedFd<'_>,
+        signals: Option<BorrowedFd<'_>>,
     ) -> Result<Parcel> {
         let mut header = [0; HEADER_LEN];
         let mut incoming = Incoming::default();
@@ -119,11 +124,12 @@ impl Peer {
         &self,
         buf: &mut [u8],
         incoming: &mut Incoming,
-        (deadline, signals): (Instant, BorrowedFd<'_>),
+        (deadline, signals): (Instant, Option<BorrowedFd<'_>>),
     ) -> Result<()> {
         let mut done = 0;
         while done < buf.len() {
-            match sys::wait_readable(&[self.stream.as_fd(), signals], Some(deadline)) {
+            let sources: Vec<_> = std::iter::once(self.stream.as_fd()).chain(signals).collect();
+            match sys::wait_readable(&sources, Some(deadline)) {
                 Ok(Some(0)) => {}
                 Ok(Some(_)) => return Err(err!("a signal came first")),
                 Ok(None) => return Err(err!("the other process does not answer in time")),
@@ -140,6 +146,22 @@ impl Peer {
             }
         }
         Ok(())
+    }
+
+    /// Waits for GO. Whatever ends the wait, both sides agree on whether it was said: before this one gives up, it makes sure
+    /// that the other can say nothing more, and looks again.
+    ///
+    /// # Errors
+    /// It was not said, and never will be.
+    pub(super) fn expect_go(&mut self, signals: BorrowedFd<'_>) -> Result<()> {
+        let deadline = Instant::now() + TALK_LIMIT;
+        if !matches!(
+            sys::wait_readable(&[self.stream.as_fd(), signals], Some(deadline)),
+            Ok(Some(0))
+        ) {
+            self.stream.shutdown(Shutdown::Both).unwrap_or_default();
+        }
+        self.expect(Kind::Go, Instant::now() + TALK_LIMIT, None).map(drop)
     }
 
     /// Says why it goes no further, to whoever still listens.
