@@ -40,6 +40,15 @@ pub fn options(queues: u16) -> Options {
     }
 }
 
+/// Stops the load.
+struct AtLast<'a>(&'a Stop);
+
+impl Drop for AtLast<'_> {
+    fn drop(&mut self) {
+        self.0.now();
+    }
+}
+
 /// Waits until so many requests have ended.
 pub fn wait(ended: &Receiver<usize>, n: usize) {
     // What has ended before does not count.
@@ -62,8 +71,9 @@ pub fn under_load(client: &mut Client, model: &Model, during: impl FnOnce(&Recei
             scope.spawn(move || model.drive(q, load, stop, &sender));
         }
         drop(sender);
+        // Also if that panics: threads are waited for.
+        let _stop = AtLast(&stop);
         during(&ended);
-        stop.now();
     });
     client.put_queues(taken);
     let mut disk = vec![0; usize::try_from(SIZE).unwrap()];

@@ -5,6 +5,7 @@
 mod common;
 mod failures;
 mod fellow;
+mod guest;
 mod load;
 #[path = "../qcow2_write/model.rs"]
 #[allow(dead_code, reason = "power losses are qcow2_write's")]
