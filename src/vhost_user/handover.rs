@@ -107,7 +107,6 @@ impl Session<'_> {
         if from["looks"] != json!(looks(device)) {
             return Err(err!("the disk would look different to its guest"));
         }
-        let stream = UnixStream::from(parcel.take(&from["stream"])?);
         if !from["features"].is_null() {
             let features = number(from, "features")?;
             let foreign = features & !session.offered_features();
@@ -121,6 +120,7 @@ impl Session<'_> {
         session.protocol = protocol
             .filter(|p| OFFERED.contains(*p))
             .ok_or_else(|| err!("the front end uses other protocol features"))?;
+        let stream = UnixStream::from(parcel.take(&from["stream"])?);
         session.status = number(from, "status")?;
         let (mut regions, mut files) = (Vec::new(), Vec::new());
         for r in list(from, "memory")? {

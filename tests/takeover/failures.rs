@@ -129,8 +129,10 @@ fn an_image_that_the_successor_may_not_open() {
         std::fs::set_permissions(&image, Permissions::from_mode(0o400)).unwrap();
         place.fail_to_take_over(&mut powerless());
         std::fs::set_permissions(&image, Permissions::from_mode(0o600)).unwrap();
+        // Both say why, twice.
+        let denied = || place.log().matches("Permission denied").count();
+        wait_for("the reasons", || (denied() == 4).then_some(()));
         let log = place.log();
-        assert_eq!(log.matches("Permission denied").count(), 4, "both say why, twice: {log}");
         assert!(!log.contains("paused"), "the guest need not wait for that: {log}");
     });
 }
@@ -261,6 +263,13 @@ struct Heir {
 }
 
 impl Heir {
+    /// What it is told to serve.
+    const ARGS: [&str; 3] = [
+        "--blockdev=driver=null-co,node-name=d,size=1048576",
+        "--export",
+        "vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path=s",
+    ];
+
     /// It has said READY.
     fn ready() -> Heir {
         let dir = Place::dir();
@@ -271,9 +280,7 @@ impl Heir {
         let mut predecessor = Fellow(control.accept().unwrap().0);
         predecessor.0.set_read_timeout(Some(crate::common::LIMIT)).unwrap();
         assert_eq!(predecessor.hear(HELLO)["versions"], json!([1, 1]));
-        let export = "vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path=s";
-        let args = ["--blockdev=driver=null-co,node-name=d,size=1048576", "--export", export];
-        predecessor.configure(&args, &control, dir.path());
+        predecessor.configure(&Heir::ARGS, &control, dir.path());
         assert_eq!(predecessor.hear(READY)["pid"], child.id());
         Heir { child, predecessor, dir }
     }
@@ -314,6 +321,41 @@ fn a_predecessor_that_goes_or_talks_nonsense() {
     let mut heir = Heir::activated();
     heir.predecessor.send(FAILED, &json!({"error": "no mood"}));
     assert!(heir.ends().contains("no mood"));
+}
+
+/// A guest that relies on what the successor does not have: it says so while the predecessor can still go on.
+#[test]
+fn a_successor_that_lacks_what_the_guest_uses() {
+    let place = Place::start(Place::dir(), &Heir::ARGS);
+    let client = Client::connect(place.path("s"), Options { inflight: false, ..options(1) });
+    let (fellow, told) = Fellow::told(&place.path("ctl"), 1);
+    drop((fellow, client.unwrap()));
+    let refused = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut body = told[0].clone();
+        change(&mut body["serves"]["session"]);
+        body["serves"]["listener"] = json!(null);
+        let mut heir = Heir::ready();
+        heir.predecessor.send(EXPORT, &body);
+        let why = heir.predecessor.hear(FAILED)["error"].as_str().unwrap().to_owned();
+        heir.ends();
+        why
+    };
+    let features = told[0]["serves"]["session"]["features"].as_u64().unwrap();
+    assert_eq!(
+        refused(&|session| session["features"] = json!(features | 1 << 50)),
+        "export 'e': the guest uses features 0x4000000000000, which are not offered"
+    );
+    assert_eq!(
+        refused(&|session| session["protocol"] = json!(1u64 << 40)),
+        "export 'e': the front end uses other protocol features"
+    );
+    // Another block size.
+    assert_eq!(
+        refused(&|session| session["looks"][21] = json!(16)),
+        "export 'e': the disk would look different to its guest"
+    );
+    let why = refused(&|_| {});
+    assert!(why.starts_with("export 'e': there is no file"), "the rest is right: {why}");
 }
 
 /// It is told to end while it waits for GO: GO cannot be said any more then.
