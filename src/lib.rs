@@ -45,7 +45,7 @@
 //! * [`block`]: nodes, drivers, the graph and the generic layer of requests. Its page holds the rules for driver authors.
 //! * [`export`]: requests, queues, workers.
 //! * [`vhost_user`]: messages, session, server. Not the `vhost` crate's handler: see there.
-//! * [`qapi`], [`cli`]: QEMU's option language and the command line.
+//! * [`qapi`], [`cli`]: QEMU's option language and the command line; [`cli::takeover`]: upgrade in place.
 //! * `sim` (feature `sim`, for tests): the drivers on simulated disks whose power fails at any moment.
 //!
 //! Imports point downwards in this list reversed: nothing imports upward. `mem::sg` is below `rt`, which only needs it to

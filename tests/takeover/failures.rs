@@ -249,8 +249,9 @@ fn only_the_same_user_may_ask() {
     let control = format!("--control={}", open.display());
     let place = Place::start(Place::dir(), &["--blockdev", node, "--export", export, &control]);
     std::fs::set_permissions(&open, Permissions::from_mode(0o666)).unwrap();
-    let foreign = Command::new("setpriv").args(&args).output().unwrap();
-    assert_eq!(foreign.status.code(), Some(1));
+    let mut foreign = Command::new("setpriv").args(&args).spawn().unwrap();
+    let status = wait_for("its end", || foreign.try_wait().unwrap());
+    assert_eq!(status.code(), Some(1));
     wait_for("the refusal", || place.log().contains("belongs to user 65534").then_some(()));
     assert!(place.log().contains("refused"));
 }
@@ -358,14 +359,27 @@ fn a_successor_that_lacks_what_the_guest_uses() {
     assert!(why.starts_with("export 'e': there is no file"), "the rest is right: {why}");
 }
 
-/// It is told to end while it waits for GO: GO cannot be said any more then.
+/// It is told to end while it waits for GO, which is said just then: either it has heard it, and has served when it ends, or it
+/// cannot be said any more.
 #[test]
-fn a_signal_before_the_point_of_no_return() {
+fn a_signal_beside_the_point_of_no_return() {
+    let mut said = 0;
+    for round in 0..12 {
+        let mut heir = Heir::activated();
+        vub_client::sys::kill(heir.child.id(), libc::SIGTERM).unwrap();
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_micros(100 * round) {
+            std::hint::spin_loop();
+        }
+        let go = std::io::Write::write(&mut heir.predecessor.0, &frame(GO, &json!(null)));
+        let served = wait_for("its end", || heir.child.try_wait().unwrap()).success();
+        assert_eq!(go.is_ok(), served, "round {round}: {go:?}");
+        said += u32::from(served);
+    }
+    println!("said {said} times of 12");
     let mut heir = Heir::activated();
     vub_client::sys::kill(heir.child.id(), libc::SIGTERM).unwrap();
     wait_for("its end", || heir.child.try_wait().unwrap());
-    let go = std::io::Write::write(&mut heir.predecessor.0, &frame(GO, &json!(null)));
-    assert_eq!(go.unwrap_err().raw_os_error(), Some(libc::EPIPE));
     heir.ends();
 }
 
