@@ -294,7 +294,11 @@ impl Heir {
     /// It has said ACTIVATED.
     fn activated() -> Heir {
         let mut heir = Heir::ready();
-        heir.predecessor.send(EXPORT, &Heir::export(1));
+        // With a socket, or the end of its last connection would be the end of the program.
+        let mut export = Heir::export(1);
+        export["serves"]["listener"] = json!(0);
+        let socket = std::os::unix::net::UnixListener::bind(heir.dir.path().join("other"));
+        heir.predecessor.send_with(EXPORT, &export, &socket.unwrap());
         heir.predecessor.hear(ACTIVATED);
         heir
     }

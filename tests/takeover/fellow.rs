@@ -59,10 +59,15 @@ impl Fellow {
             "version": 1, "args": args, "directory": dir, "exports": [null],
             "control": {"listener": 0, "place": place}, "pidfile": null,
         });
-        let mut bytes = frame(CONFIG, &body);
+        self.send_with(CONFIG, &body, control);
+    }
+
+    /// Sends a frame with one file.
+    pub fn send_with(&mut self, kind: u32, body: &Value, file: &impl AsRawFd) {
+        let mut bytes = frame(kind, body);
         bytes[12] = 1;
         self.say(&bytes[..16]);
-        self.0.send_with_fd(&[0u8][..], control.as_raw_fd()).unwrap();
+        self.0.send_with_fd(&[0u8][..], file.as_raw_fd()).unwrap();
         self.say(&bytes[16..]);
     }
 
