@@ -46,7 +46,7 @@
 //! * [`export`]: requests, queues, workers.
 //! * [`vhost_user`]: messages, session, server. Not the `vhost` crate's handler: see there.
 //! * [`sandbox`]: what all of these may not do any more once they serve.
-//! * [`qapi`], [`cli`]: QEMU's option language and the command line.
+//! * [`qapi`], [`cli`]: QEMU's option language and the command line; [`cli::takeover`]: upgrade in place.
 //! * `sim` (feature `sim`, for tests): the drivers on simulated disks whose power fails at any moment.
 //!
 //! Imports point downwards in this list reversed: nothing imports upward. `mem::sg` is below `rt`, which only needs it to

@@ -6,8 +6,9 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::mem::{self, MaybeUninit};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 /// Turns libc's -1 into the error in errno.
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
@@ -167,6 +168,12 @@ pub struct Signals {
     fd: OwnedFd,
 }
 
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 impl Signals {
     /// Blocks `signals`. To be called before any thread is started.
     ///
@@ -319,6 +326,38 @@ pub fn lock_exclusively(file: &File) -> io::Result<()> {
     lock.l_whence = libc::c_short::try_from(libc::SEEK_SET).expect("a small constant");
     // SAFETY: `lock` is valid for reading.
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }).map(drop)
+}
+
+/// Waits until one of `fds` can be read (or has ended), at most until `deadline`. The first of them; `None`: none in time.
+///
+/// # Errors
+/// What `poll` says, except EINTR.
+pub fn wait_readable(
+    fds: &[BorrowedFd<'_>],
+    deadline: Option<Instant>,
+) -> io::Result<Option<usize>> {
+    let mut polled: Vec<_> = fds
+        .iter()
+        .map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 })
+        .collect();
+    let count = libc::nfds_t::try_from(polled.len()).expect("a handful");
+    loop {
+        let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        // Rounded up: looking again too early would burn a core.
+        let ms = |left: Duration| i32::try_from(left.as_micros().div_ceil(1000));
+        let timeout = left.map_or(-1, |left| ms(left).unwrap_or(i32::MAX));
+        // SAFETY: the array has `count` elements and outlives the call.
+        match unsafe { libc::poll(polled.as_mut_ptr(), count, timeout) } {
+            0 => return Ok(None),
+            1.. => return Ok(polled.iter().position(|p| p.revents != 0)),
+            _ => {
+                let e = io::Error::last_os_error();
+                if e.kind() != io::ErrorKind::Interrupted {
+                    return Err(e);
+                }
+            }
+        }
+    }
 }
 
 #[cfg(test)]

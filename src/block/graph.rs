@@ -258,7 +258,7 @@ impl Graph {
     }
 
     /// All open nodes, each after all of its parents.
-    fn parents_first(&self) -> Vec<Arc<Node>> {
+    pub(super) fn parents_first(&self) -> Vec<Arc<Node>> {
         let state = self.lock();
         let mut nodes: Vec<_> = state.slots.values().collect();
         // Every parent is higher than its children.
@@ -281,6 +281,11 @@ impl Graph {
         let below = reach(&state.slots, root.id());
         let owned = state.owned.iter().filter(|(node, _)| below.contains(&node.id()));
         owned.map(|(_, options)| options.clone()).collect()
+    }
+
+    /// All definitions by the user, in their order.
+    pub fn all_definitions(&self) -> Vec<Options> {
+        self.lock().owned.iter().map(|(_, options)| options.clone()).collect()
     }
 
     /// `root` and all nodes below it, each after all of its parents.

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{self, File};
-use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::io::{self, PipeReader, PipeWriter, Read, Seek, Write};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -79,6 +79,8 @@ impl Background {
 pub struct Pidfile {
     path: PathBuf,
     file: File,
+    /// Somebody else removes it.
+    left: bool,
 }
 
 impl Pidfile {
@@ -102,8 +104,23 @@ impl Pidfile {
             }
             let path =
                 std::path::absolute(path).map_err(|e| no_pidfile("Cannot find pid file", e))?;
-            return Ok(Pidfile { path, file });
+            return Ok(Pidfile { path, file, left: false });
         }
+    }
+
+    /// A predecessor's file, which is locked as long as one of us lives.
+    pub fn adopt(path: PathBuf, file: File) -> Pidfile {
+        Pidfile { path, file, left: false }
+    }
+
+    /// Leaves it to a successor.
+    pub fn leave(&mut self) {
+        self.left = true;
+    }
+
+    /// What [`Pidfile::adopt`] needs.
+    pub fn parts(&self) -> (&Path, &File) {
+        (&self.path, &self.file)
     }
 
     /// Writes the number of the process.
@@ -111,7 +128,9 @@ impl Pidfile {
     /// # Errors
     /// In QEMU's words.
     pub fn fill(&mut self) -> Result<()> {
-        self.file.set_len(0).map_err(|e| no_pidfile("Failed to truncate pid file", e))?;
+        // A successor has the offset of who wrote before it.
+        let emptied = self.file.rewind().and_then(|()| self.file.set_len(0));
+        emptied.map_err(|e| no_pidfile("Failed to truncate pid file", e))?;
         writeln!(self.file, "{}", std::process::id())
             .map_err(|e| no_pidfile("Failed to write pid file", e))
     }
@@ -147,7 +166,9 @@ fn is_at(file: &File, path: &str) -> bool {
 impl Drop for Pidfile {
     fn drop(&mut self) {
         // While it is locked nobody else uses the name.
-        if let Err(e) = fs::remove_file(&self.path) {
+        if !self.left
+            && let Err(e) = fs::remove_file(&self.path)
+        {
             log::warn!("cannot remove {}: {e}", self.path.display());
         }
     }

@@ -1,4 +1,5 @@
-//! Nodes that the command line defines and nobody may open yet: those of exports that begin inactive.
+//! Nodes that the command line defines and nobody may open yet: those of exports that begin inactive; all, if a predecessor still
+//! serves them.
 //!
 //! Which they are must be known before the first is opened: opening an image for writing takes its locks, and the migration's
 //! source has them. While the command line is processed they are open in a graph of their own, without locks and not for
@@ -23,13 +24,20 @@ use crate::qapi::{Input, Kind, Options};
 /// The nodes, and what is known of them.
 pub struct Dormant {
     names: BTreeSet<String>,
+    /// All nodes are, for a while: see [`Dormant::take_all`].
+    all: bool,
     definitions: Vec<Options>,
     probes: Arc<Graph>,
 }
 
 impl Default for Dormant {
     fn default() -> Self {
-        Dormant { names: BTreeSet::new(), definitions: Vec::new(), probes: Graph::new() }
+        Dormant {
+            names: BTreeSet::new(),
+            all: false,
+            definitions: Vec::new(),
+            probes: Graph::new(),
+        }
     }
 }
 
@@ -102,8 +110,32 @@ impl Dormant {
 
     /// Whether the node of this definition must not be opened.
     pub fn takes(&self, options: &Options) -> bool {
+        self.all || self.begins_inactive(options)
+    }
+
+    fn begins_inactive(&self, options: &Options) -> bool {
         let name = options.get("node-name").and_then(Value::as_str);
         name.is_some_and(|name| self.names.contains(name))
+    }
+
+    /// A predecessor has all nodes open: none must be opened before it has closed them.
+    pub fn take_all(&mut self) {
+        self.all = true;
+    }
+
+    /// Whether [`Dormant::take_all`] was said.
+    pub fn takes_all(&self) -> bool {
+        self.all
+    }
+
+    /// What is to be opened as soon as the predecessor has closed it, in order.
+    pub fn to_open(&self) -> Vec<Options> {
+        self.definitions.iter().filter(|d| self.all && !self.begins_inactive(d)).cloned().collect()
+    }
+
+    /// The nodes that are no other's child.
+    pub fn roots(&self) -> Vec<Arc<Node>> {
+        self.probes.roots()
     }
 
     /// Notes a definition, and looks at what it defines.
@@ -135,19 +167,29 @@ impl Dormant {
         let nodes = reach(&defs, name);
         let ours = |options: &&Options| name_of(options).is_some_and(|n| nodes.contains(&n));
         let definitions: Vec<Options> = self.definitions.iter().filter(ours).cloned().collect();
-        let read_only = definitions.last()?.get("read-only") == Some(&Value::Bool(true));
+        if definitions.is_empty() && !self.all {
+            return None;
+        }
+        let read_only = definitions
+            .last()
+            .is_some_and(|options| options.get("read-only") == Some(&Value::Bool(true)));
         Some(Asleep { probe, definitions, read_only })
     }
 
-    /// All files that the nodes are made of, backing files that only images' headers name included; and whether they will
-    /// be opened for writing.
+    /// Their files: see [`files_of`].
     pub fn files(&self) -> Vec<(PathBuf, bool)> {
-        let mut named = Vec::new();
-        self.definitions.iter().for_each(|options| files(options, false, &mut named));
-        let found = self.probes.nodes().into_iter().filter_map(|node| node.driver().filename());
-        named.extend(found.map(|path| (path.into(), false)));
-        named
+        files_of(&self.probes, &self.definitions)
     }
+}
+
+/// All files that the nodes of `graph` are made of, which `definitions` define, backing files that only images' headers name
+/// included; and whether they will be opened for writing.
+pub fn files_of(graph: &Graph, definitions: &[Options]) -> Vec<(PathBuf, bool)> {
+    let mut named = Vec::new();
+    definitions.iter().for_each(|options| files(options, false, &mut named));
+    let found = graph.nodes().into_iter().filter_map(|node| node.driver().filename());
+    named.extend(found.map(|path| (path.into(), false)));
+    named
 }
 
 /// The node `root` and the defined nodes that it refers to.

@@ -30,12 +30,13 @@ const SERIAL_DEFAULT: &str = "vhost_user_blk";
 const SERIAL_MAX: usize = 20;
 
 /// An export, not served yet: the command line is processed to its end first.
-struct Running {
-    id: String,
-    export: Arc<Export>,
+pub(super) struct Running {
+    pub(super) id: String,
+    pub(super) export: Arc<Export>,
+    /// None if it is served already, or a predecessor will give it.
     endpoint: Option<Endpoint>,
-    server: Option<Server>,
-    place: Option<Place>,
+    pub(super) server: Option<Server>,
+    pub(super) place: Option<Place>,
 }
 
 impl Running {
@@ -49,10 +50,13 @@ impl Running {
     }
 }
 
+/// Where an export is served, and that place's name.
+pub type Ends = (Option<Endpoint>, Option<Place>);
+
 /// All exports.
 #[derive(Default)]
 pub struct Exports {
-    list: Vec<Running>,
+    pub(super) list: Vec<Running>,
 }
 
 /// What the command line says about all exports.
@@ -95,13 +99,12 @@ impl Wanted {
         Ok(Wanted { options })
     }
 
-    /// The export of `node` that QEMU's conventions for back ends describe: writable, if `node` is and `read_only` does
-    /// not forbid it.
-    pub fn convention(node: &Node, read_only: bool) -> Wanted {
+    /// The export of `node` that QEMU's conventions for back ends describe.
+    pub fn convention(node: &Node, writable: bool) -> Wanted {
         let mut options = Options::new();
         options.insert("id".to_string(), node.name().into());
         options.insert("node-name".to_string(), node.name().into());
-        options.insert("writable".to_string(), (!read_only && !node.read_only()).into());
+        options.insert("writable".to_string(), writable.into());
         Wanted { options }
     }
 
@@ -185,7 +188,7 @@ impl Wanted {
     }
 
     /// Where front ends connect.
-    fn endpoint(&self, defaults: Defaults) -> Result<(Endpoint, Option<Place>)> {
+    fn endpoint(&self, defaults: Defaults) -> Result<Ends> {
         let address = self.options.get("addr").and_then(Value::as_object);
         let text = |name: &str| {
             address.and_then(|a| a.get(name)).and_then(Value::as_str).unwrap_or_default()
@@ -194,13 +197,16 @@ impl Wanted {
         match text("type") {
             "unix" if flag("abstract") == Some(true) => {
                 let listener = listen::at_abstract(text("path"), flag("tight").unwrap_or(true))?;
-                Ok((Endpoint::Listener(listener), None))
+                Ok((Some(Endpoint::Listener(listener)), None))
             }
             "unix" => {
                 let (listener, place) = listen::at_path(text("path"), defaults.socket_mode)?;
-                Ok((Endpoint::Listener(listener), Some(place)))
+                Ok((Some(Endpoint::Listener(listener)), Some(place)))
             }
-            "fd" => Ok((Endpoint::Listener(listen::inherited(text("str"))?), None)),
+            "fd" => {
+                let listener = listen::inherited(text("str"))?;
+                Ok((Some(Endpoint::Listener(listener)), None))
+            }
             _ => Err(err!("Only socket address types 'unix' and 'fd' are supported")),
         }
     }
@@ -231,7 +237,7 @@ impl Exports {
         (graph, dormant): (&Arc<Graph>, &Dormant),
         objects: &Objects,
         wanted: &Wanted,
-        endpoint: impl FnOnce(&Wanted) -> Result<(Endpoint, Option<Place>)>,
+        endpoint: impl FnOnce(&Wanted) -> Result<Ends>,
     ) -> Result<()> {
         let id = wanted.text("id");
         if !id_is_well_formed(id) {
@@ -262,16 +268,17 @@ impl Exports {
             Some(asleep) => {
                 let opener = Opener::new(graph, asleep.definitions, name);
                 let auto = wanted.activates_by_itself();
-                if !auto {
+                if !auto && !dormant.takes_all() {
                     log::info!("export '{id}': inactive; only activate=auto would activate it");
                 }
                 Export::inactive(opener, &asleep.probe, config, auto)
             }
             None => Export::new(graph, &node, config)?,
         };
-        match endpoint(wanted) {
+        // A predecessor gives its own.
+        let ends = if dormant.takes_all() { Ok((None, None)) } else { endpoint(wanted) };
+        match ends {
             Ok((endpoint, place)) => {
-                let endpoint = Some(endpoint);
                 self.list.push(Running {
                     id: id.to_string(),
                     export,

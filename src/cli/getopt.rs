@@ -64,6 +64,10 @@ pub enum Opt {
     User,
     /// `--group`
     Group,
+    /// `--control`
+    Control,
+    /// `--take-over`
+    TakeOver,
 }
 
 /// Whether an option has an argument.
@@ -124,6 +128,8 @@ static OURS: &[Spec] = &[
     spec("allow-path", Opt::AllowPath, Argument::Required),
     spec("user", Opt::User, Argument::Required),
     spec("group", Opt::Group, Argument::Required),
+    spec("control", Opt::Control, Argument::Required),
+    spec("take-over", Opt::TakeOver, Argument::Required),
 ];
 
 /// One option as it stands on the command line.

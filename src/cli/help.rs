@@ -90,11 +90,19 @@ More:
                          survive a crash of this program (vhost-user-blk[-UID] in
                          $XDG_RUNTIME_DIR, else in /run, else in /dev/shm)
   --strict-formats       never guess the format of a backing file
+  --control=<path>       listen here for a successor of the same user (mode 0600)
+  --take-over=<path>     be the successor of the process that listens there: serve what
+                         it serves, with its command line (besides --daemonize and
+                         --log-level nothing else may be given); guests see a pause.
+                         It ends when all is taken over; if that fails, it goes on
   --user=<name|number>, --group=<name|number>
                          become these once all is set up; sockets and pidfile are theirs
   --sandbox=on|off       give up every privilege, system call and file that serving
                          does not need, once all is set up (on)
   --allow-path=<path>    except this file, or all below this directory; repeatable
+
+Upgrade in place, of a process started with --control=/run/vm/disk0.ctl:
+  vhost-user-blk --take-over=/run/vm/disk0.ctl
 
 SIGTERM, SIGINT and SIGHUP end the program: requests in flight are finished,
 everything is flushed, sockets and pidfile are removed, and the exit code is 0.

@@ -36,9 +36,26 @@ pub struct Place {
     path: PathBuf,
     dev: u64,
     ino: u64,
+    /// Somebody else removes it.
+    left: bool,
 }
 
 impl Place {
+    /// Where a predecessor has left a socket.
+    pub fn adopt(path: PathBuf, dev: u64, ino: u64) -> Place {
+        Place { goal: None, path, dev, ino, left: false }
+    }
+
+    /// Leaves it to a successor.
+    pub fn leave(&mut self) {
+        self.left = true;
+    }
+
+    /// What [`Place::adopt`] needs, once it is published.
+    pub fn parts(&self) -> (&Path, u64, u64) {
+        (&self.path, self.dev, self.ino)
+    }
+
     /// Moves the socket to its path, over what is there.
     ///
     /// # Errors
@@ -70,8 +87,9 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|now| now.dev() == self.dev && now.ino() == self.ino);
+        let ours = !self.left
+            && fs::symlink_metadata(&self.path)
+                .is_ok_and(|now| now.dev() == self.dev && now.ino() == self.ino);
         if ours && let Err(e) = fs::remove_file(&self.path) {
             log::warn!("cannot remove {}: {e}", self.path.display());
         }
@@ -129,7 +147,7 @@ fn bind_beside(goal: PathBuf, mode: Option<u32>) -> io::Result<(UnixListener, Pl
     let path = dir.join(format!(".vhost-user-blk.{}.{count}", std::process::id()));
     let listener = bind_anywhere(dir, &path)?;
     let there = fs::symlink_metadata(&path)?;
-    let place = Place { goal: Some(goal), path, dev: there.dev(), ino: there.ino() };
+    let place = Place { goal: Some(goal), path, dev: there.dev(), ino: there.ino(), left: false };
     if let Some(mode) = mode {
         fs::set_permissions(&place.path, fs::Permissions::from_mode(mode))?;
     }

@@ -7,6 +7,8 @@
 //! ```text
 //! getopt -> plan -> (daemonize) -> session -> pidfile -> publish -> sandbox -> serve -> READY -> signal -> STOPPING -> close
 //! ```
+//!
+//! With `--take-over`, the command line is that of the process whose place is taken: see [`takeover`].
 #![forbid(unsafe_code)]
 
 pub mod check;
@@ -21,9 +23,12 @@ pub mod objects;
 pub mod plan;
 pub mod session;
 pub mod state;
+pub mod takeover;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use daemon::{Background, Manager, Pidfile, Side};
@@ -35,6 +40,9 @@ use crate::err;
 use crate::error::{Error, Result};
 use crate::sandbox::{Allow, privileges};
 use crate::sys::{self, Signals};
+use takeover::Control;
+use takeover::predecessor::{self, Outcome};
+use takeover::successor::{self, Takeover};
 
 /// The signals that are waited for: the first looks at the sizes of the disks, the others end the program.
 const SIGNALS: [i32; 4] = [libc::SIGUSR1, libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
@@ -66,6 +74,16 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
         Plan::Serve(settings) => settings,
     };
     listen::note_systemd();
+    let block = || Signals::block(&SIGNALS).map_err(|e| err!("cannot block signals: {e}"));
+    let (settings, predecessor) = match &settings.take_over {
+        None => (settings, None),
+        Some(path) => {
+            let signals = block()?;
+            let (takeover, settings) = successor::ask(path, &settings, &signals)
+                .map_err(|e| e.prepend("--take-over: "))?;
+            (settings, Some((takeover, signals)))
+        }
+    };
     let background = match settings.daemonize {
         false => None,
         true => match daemon::daemonize().map_err(|e| err!("cannot daemonize: {e}"))? {
@@ -82,17 +100,68 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
     }
     settings.identity.announce();
     // Before the first thread: threads inherit the mask.
-    let signals = Signals::block(&SIGNALS).map_err(|e| err!("cannot block signals: {e}"))?;
+    let (mut takeover, signals) = match predecessor {
+        Some((takeover, signals)) => (Some(takeover), signals),
+        None => (None, block()?),
+    };
+    // Later it may be out of reach.
+    let manager = Manager::connect();
     let mut session = Session::new();
-    let mut pidfile = None;
-    let result = serve(&mut session, &mut pidfile, &settings, background, &signals);
+    let mut names = Names::default();
+    let result =
+        begin(&mut session, &mut names, &settings, takeover.as_mut(), &signals).and_then(|next| {
+            match next {
+                Next::Print(text) => print(&text).map(|code| (code, false)),
+                Next::Serve => serve(&mut session, &mut names, (background, manager), &signals),
+            }
+        });
+    if let Ok((_, true)) = result {
+        session.leave_places();
+        names.leave();
+    }
     end_at_once_if_told_again(signals);
     let flushed = session.close();
+    if let (Err(e), Some(takeover)) = (&result, takeover) {
+        takeover.fail(e.message());
+    }
     // The last trace of the process, for who waits for it.
-    drop(pidfile);
+    drop(names);
     match result {
         Ok(_) if !flushed => Ok(ExitCode::FAILURE),
-        result => result,
+        result => result.map(|(code, _)| code),
+    }
+}
+
+/// What has a name beside the exports' sockets. Dropping it removes the names.
+#[derive(Default)]
+struct Names {
+    control: Option<Control>,
+    pidfile: Option<Pidfile>,
+}
+
+impl Names {
+    /// Gives them to another user and group, as far as they are given.
+    fn give_to(&self, numbers: (Option<u32>, Option<u32>)) -> Result<()> {
+        self.control.as_ref().map(|control| control.place.give_to(numbers)).transpose()?;
+        self.pidfile.as_ref().map(|file| file.give_to(numbers)).transpose()?;
+        Ok(())
+    }
+
+    /// The directories they are in.
+    fn dirs(&self) -> Vec<PathBuf> {
+        let control = self.control.as_ref().and_then(|control| control.place.dir());
+        let pidfile = self.pidfile.as_ref().and_then(Pidfile::dir);
+        control.into_iter().chain(pidfile).map(Path::to_path_buf).collect()
+    }
+
+    /// A successor has them.
+    fn leave(&mut self) {
+        if let Some(control) = &mut self.control {
+            control.leave();
+        }
+        if let Some(pidfile) = &mut self.pidfile {
+            pidfile.leave();
+        }
     }
 }
 
@@ -121,27 +190,45 @@ fn wait_for_end(signals: &Signals, resize: impl Fn()) -> io::Result<u32> {
     }
 }
 
-/// Everything between the first node and the signal to stop. What it makes outlives it, whatever happens.
-fn serve(
+/// Everything until all exports are served. What it makes outlives it, whatever happens.
+fn begin(
     session: &mut Session,
-    pidfile: &mut Option<Pidfile>,
+    names: &mut Names,
     settings: &Settings,
-    background: Option<Background>,
+    takeover: Option<&mut Takeover>,
     signals: &Signals,
-) -> Result<ExitCode> {
-    if let Next::Print(text) = session.process(settings)? {
-        return print(&text);
+) -> Result<Next> {
+    if let Next::Print(text) = session.process_after(settings, takeover.is_some())? {
+        return Ok(Next::Print(text));
+    }
+    if let Some(takeover) = takeover {
+        confine(session, settings, takeover.dirs())?;
+        let inherited = takeover.take(session, settings, signals.as_fd())?;
+        (names.control, names.pidfile) = (Some(inherited.control), inherited.pidfile);
+        if let Some(Err(e)) = names.pidfile.as_mut().map(Pidfile::fill) {
+            log::error!("{e}");
+        }
+        return Ok(Next::Serve);
     }
     // Locked before a socket of a process with the same pidfile is replaced; filled when ours is there to be used.
-    *pidfile = settings.pidfile.as_deref().map(Pidfile::lock).transpose()?;
+    names.pidfile = settings.pidfile.as_deref().map(Pidfile::lock).transpose()?;
+    let control = settings.control.as_deref().map(|path| Control::listen(path, &settings.args));
+    names.control = control.transpose().map_err(|e| e.prepend("--control: "))?;
     let numbers = settings.identity.numbers();
     if numbers != (None, None) {
         session.give_to(numbers)?;
-        pidfile.as_ref().map(|file| file.give_to(numbers)).transpose()?;
+        names.give_to(numbers)?;
     }
     session.publish()?;
-    pidfile.as_mut().map(Pidfile::fill).transpose()?;
-    let manager = Manager::connect();
+    names.control.as_mut().map(Control::publish).transpose()?;
+    names.pidfile.as_mut().map(Pidfile::fill).transpose()?;
+    confine(session, settings, names.dirs())?;
+    session.serve()?;
+    Ok(Next::Serve)
+}
+
+/// Becomes another user and enters the sandbox, as `settings` say. Names that lie in `dirs` will have to be removed.
+fn confine(session: &Session, settings: &Settings, dirs: Vec<PathBuf>) -> Result<()> {
     if settings.sandbox {
         privileges::bound_capabilities();
     }
@@ -149,19 +236,48 @@ fn serve(
     if settings.sandbox {
         let mut allow = Allow::default();
         settings.allow.iter().for_each(|path| allow.directory(path));
-        pidfile.iter().filter_map(Pidfile::dir).for_each(|dir| allow.remove_in(dir));
-        session.confine(allow)?;
+        dirs.into_iter().for_each(|dir| allow.remove_in(dir));
+        session.confine(allow, settings.control.is_some())?;
     }
-    session.serve()?;
+    Ok(())
+}
+
+/// From the moment when all is up until the signal to stop, or until a successor serves: whether that is so.
+fn serve(
+    session: &mut Session,
+    names: &mut Names,
+    (background, manager): (Option<Background>, Manager),
+    signals: &Signals,
+) -> Result<(ExitCode, bool)> {
     if let Some(background) = background {
         background.ready().map_err(|e| err!("cannot go to the background: {e}"))?;
     }
     manager.notify("READY=1");
-    let signal = wait_for_end(signals, || session.look_at_storage())
-        .map_err(|e| err!("cannot wait for signals: {e}"))?;
+    let signal = loop {
+        let mut sources = vec![signals.as_fd()];
+        sources.extend(names.control.as_ref().map(|control| control.listener().as_fd()));
+        let woken =
+            sys::wait_readable(&sources, None).map_err(|e| err!("cannot wait for signals: {e}"))?;
+        let (Some(1), Some(control)) = (woken, &names.control) else {
+            let signal = signals.wait().map_err(|e| err!("cannot wait for signals: {e}"))?;
+            if i32::try_from(signal) != Ok(libc::SIGUSR1) {
+                break signal;
+            }
+            session.look_at_storage();
+            continue;
+        };
+        match predecessor::attend(control, session, names.pidfile.as_ref(), signals) {
+            Outcome::Serving => {}
+            Outcome::HandedOver(pid) => {
+                manager.notify(&format!("MAINPID={pid}"));
+                return Ok((ExitCode::SUCCESS, true));
+            }
+            Outcome::Signal(signal) => break signal,
+        }
+    };
     log::info!("signal {signal}: stopping");
     manager.notify("STOPPING=1");
-    Ok(ExitCode::SUCCESS)
+    Ok((ExitCode::SUCCESS, false))
 }
 
 /// Prints to the standard output.

@@ -22,6 +22,8 @@ pub enum Plan {
 /// Settings that do not depend on the order of the options.
 #[derive(Debug)]
 pub struct Settings {
+    /// The arguments themselves.
+    pub args: Vec<String>,
     /// All options, in order.
     pub items: Vec<Item>,
     /// Go to the background.
@@ -30,6 +32,10 @@ pub struct Settings {
     pub pidfile: Option<String>,
     /// `--state-dir`.
     pub state_dir: Option<String>,
+    /// Where successors ask.
+    pub control: Option<String>,
+    /// Where the predecessor listens.
+    pub take_over: Option<String>,
     /// What is logged, in env_logger's language.
     pub log_level: Option<String>,
     /// Print the graph in this format, and end.
@@ -63,6 +69,9 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Settings {
+            args: Vec::new(),
+            control: None,
+            take_over: None,
             items: Vec::new(),
             daemonize: false,
             pidfile: None,
@@ -91,7 +100,7 @@ impl Plan {
     /// # Errors
     /// An option that does not exist or is not used as it should be, in getopt's words.
     pub fn read(args: &[String]) -> Result<Plan> {
-        let mut settings = Settings::default();
+        let mut settings = Settings { args: args.to_vec(), ..Settings::default() };
         let mut exports = 0;
         // Whoever asks for capabilities is told them, whatever else is on the command line.
         if args.iter().any(|arg| arg == "--print-capabilities") {
@@ -125,6 +134,8 @@ impl Settings {
             Some(Opt::Daemonize) => self.daemonize = true,
             Some(Opt::StateDir) => self.state_dir = value(),
             Some(Opt::Pidfile) => self.pidfile = value(),
+            Some(Opt::Control) => self.control = value(),
+            Some(Opt::TakeOver) => self.take_over = value(),
             Some(Opt::LogLevel) => {
                 check_log_level(item.argument())?;
                 self.log_level = value();
@@ -148,6 +159,15 @@ impl Settings {
 
     /// Options that need, or exclude, each other.
     fn check(&self) -> Result<()> {
+        if self.take_over.is_some() {
+            let own = [Opt::TakeOver, Opt::Daemonize, Opt::LogLevel].map(Some);
+            return match self.items.iter().find(|item| !own.contains(&item.opt)) {
+                Some(item) => {
+                    Err(err!("{}: --take-over serves what the predecessor serves", item.text))
+                }
+                None => Ok(()),
+            };
+        }
         if self.fd.is_some() && self.socket_path.is_some() {
             return Err(err!("--fd and --socket-path exclude each other"));
         }
@@ -261,5 +281,7 @@ mod tests {
         assert!(error(&["--log-level=loud"]).contains("expected error"));
         assert!(error(&["--blk-file=x"]).contains("needs --socket-path"));
         assert!(error(&["--fd=3", "--socket-path=x"]).contains("exclude"));
+        assert!(error(&["--take-over=x", "--blockdev=y"]).starts_with("--blockdev=y: --take-over"));
+        assert!(read(&["--take-over=x", "--daemonize", "--log-level=info"]).is_ok());
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::dormant::Dormant;
+use super::dormant::{self, Dormant};
 use super::exports::{Exports, Wanted};
 use super::getopt::{Item, Opt};
 use super::listen;
@@ -19,7 +19,7 @@ use super::state;
 use crate::block::{Graph, Node, print};
 use crate::err;
 use crate::error::Result;
-use crate::qapi::Input;
+use crate::qapi::{Input, Options};
 use crate::rt::pool::pool;
 use crate::sandbox::{self, Allow};
 use crate::sys;
@@ -33,9 +33,11 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Everything that the command line made.
 pub struct Session {
-    graph: Arc<Graph>,
+    pub(super) graph: Arc<Graph>,
     objects: Objects,
-    exports: Exports,
+    pub(super) exports: Exports,
+    /// What a predecessor has open now.
+    pub(super) to_open: Vec<Options>,
     /// Nodes of exports that begin inactive, as long as the command line is processed.
     dormant: Dormant,
     /// The files that they will open, and whether for writing.
@@ -58,6 +60,7 @@ impl Session {
             graph: Graph::new(),
             objects: Objects::default(),
             exports: Exports::default(),
+            to_open: Vec::new(),
             dormant: Dormant::default(),
             later: Vec::new(),
         }
@@ -68,6 +71,14 @@ impl Session {
     /// # Errors
     /// The first, with the option's text in front.
     pub fn process(&mut self, settings: &Settings) -> Result<Next> {
+        self.process_after(settings, false)
+    }
+
+    /// The same; if there is a `predecessor`, nodes are only looked at, and nobody listens: it will give all that.
+    ///
+    /// # Errors
+    /// The first, with the option's text in front.
+    pub fn process_after(&mut self, settings: &Settings, predecessor: bool) -> Result<Next> {
         let strict = settings.items.iter().any(|item| item.opt == Some(Opt::StrictFormats));
         self.graph.set_strict_formats(strict);
         self.graph.set_lock_patience(LOCK_PATIENCE);
@@ -78,6 +89,9 @@ impl Session {
         // A graph that is only looked at is open.
         if settings.print_graph.is_none() {
             self.dormant = Dormant::plan(settings)?;
+        }
+        if predecessor {
+            self.dormant.take_all();
         }
         self.dormant.set_strict_formats(strict);
         for item in &settings.items {
@@ -98,6 +112,7 @@ impl Session {
         }
         // What the nodes look like is known; nothing of them stays open.
         self.later = self.dormant.files();
+        self.to_open = self.dormant.to_open();
         self.dormant = Dormant::default();
         Ok(Next::Serve)
     }
@@ -161,13 +176,17 @@ impl Session {
     /// Exports the node that `--socket-path` or `--fd` (`item`) is for.
     fn convention(&mut self, item: &Item, settings: &Settings) -> Result<()> {
         let node = self.node_to_export(settings)?;
-        let wanted = Wanted::convention(&node, settings.read_only);
+        let read_only = match self.dormant.find(node.name()) {
+            Some(asleep) => asleep.read_only,
+            None => node.read_only(),
+        };
+        let wanted = Wanted::convention(&node, !settings.read_only && !read_only);
         let mode = settings.exports.socket_mode;
         let nodes = (&self.graph, &self.dormant);
         self.exports.add_at(nodes, &self.objects, &wanted, |_| match item.opt {
-            Some(Opt::Fd) => Ok((listen::inherited_endpoint(item.argument())?, None)),
+            Some(Opt::Fd) => Ok((Some(listen::inherited_endpoint(item.argument())?), None)),
             _ => listen::at_path(item.argument(), mode)
-                .map(|(listener, place)| (Endpoint::Listener(listener), Some(place))),
+                .map(|(listener, place)| (Some(Endpoint::Listener(listener)), Some(place))),
         })
     }
 
@@ -179,10 +198,14 @@ impl Session {
             (None, None) => None,
         };
         if let Some(name) = name {
-            let node = self.graph.find(name);
+            let asleep = self.dormant.find(name).map(|asleep| asleep.probe);
+            let node = asleep.or_else(|| self.graph.find(name));
             return node.ok_or_else(|| err!("Cannot find device='' nor node-name='{name}'"));
         }
-        let roots = self.graph.roots();
+        let mut roots = self.graph.roots();
+        if self.dormant.takes_all() {
+            roots.append(&mut self.dormant.roots());
+        }
         match roots.as_slice() {
             [root] => Ok(Arc::clone(root)),
             [] => Err(err!("nothing to export: define a node with --blk-file or --blockdev")),
@@ -212,17 +235,23 @@ impl Session {
         self.exports.places().try_for_each(|place| place.give_to(numbers))
     }
 
-    /// Enters the sandbox, with what the end of the session will take.
+    /// Enters the sandbox, with what the end of the session will take, and all files if they may be opened anew: when a successor
+    /// failed that they were closed for (`may_reopen`).
     ///
     /// # Errors
     /// If the kernel refuses what it should allow.
-    pub fn confine(&self, mut allow: Allow) -> Result<()> {
+    pub fn confine(&self, mut allow: Allow, may_reopen: bool) -> Result<()> {
         let dirs = self.exports.places().filter_map(listen::Place::dir);
         dirs.for_each(|dir| allow.remove_in(dir));
-        self.later.iter().for_each(|(path, writable)| allow.file(path, *writable));
+        let mut later = self.later.clone();
+        if may_reopen {
+            later.extend(dormant::files_of(&self.graph, &self.graph.all_definitions()));
+        }
+        let none = later.is_empty();
+        later.into_iter().for_each(|(path, writable)| allow.file(path, writable));
         // One that is not there was complained about, by who needed it.
         match self.graph.state_dir().filter(|dir| dir.is_dir()) {
-            Some(dir) if self.later.is_empty() => allow.remove_in(dir),
+            Some(dir) if none => allow.remove_in(dir),
             Some(dir) => {
                 allow.directory(dir);
                 allow.file(sys::BOOT_ID, false);

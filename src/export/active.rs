@@ -2,7 +2,8 @@
 //!
 //! *Active*: the root is open and used, locks are held. *Inactive*: nothing of the image is here but its size. With
 //! `activate=auto` the first ring that starts activates, and the session's "no ring runs" deactivates; else only who
-//! calls [`Export::activate`] and [`Export::deactivate`] does. Lock: `turn`, held over a whole change; then `state`, for moments.
+//! calls [`Export::activate`] and [`Export::deactivate`] does. Who closes all nodes of the graph at once takes an export's use of
+//! its root ([`Export::let_go`]) and gives it back ([`Export::take_up`]). Lock: `turn`, held over a whole change; then `state`, for moments.
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -102,19 +103,57 @@ impl Export {
         let start = Instant::now();
         let opener = &self.activation.opener;
         let root = opener.open()?;
-        let geometry = &self.shared.geometry;
-        let writable = !geometry.read_only;
-        let user = match attach(opener.graph(), &root, writable, geometry.logical_block) {
-            Ok(user) => user,
-            Err(e) => {
-                opener.give_up(root);
-                return Err(e);
-            }
-        };
-        lock(&self.state).user = Some(user);
-        self.set_len(root.len());
+        if let Err(e) = self.use_root(&root) {
+            opener.give_up(root);
+            return Err(e);
+        }
         log::info!("export '{}': active after {:.1} ms", self.id(), ms(start));
         Ok(())
+    }
+
+    /// Begins to use `root`, which is open; learns the size.
+    fn use_root(&self, root: &Arc<Node>) -> Result<()> {
+        let geometry = &self.shared.geometry;
+        let graph = self.activation.graph();
+        let user = attach(graph, root, !geometry.read_only, geometry.logical_block)?;
+        lock(&self.state).user = Some(user);
+        self.set_len(root.len());
+        Ok(())
+    }
+
+    /// Whether its nodes come and go with its rings (`activate=auto`).
+    pub fn is_auto(&self) -> bool {
+        self.activation.auto
+    }
+
+    /// Gives its use of the root away, flushed: for who closes all nodes ([`crate::block::opener::close_all`]). None, if it is
+    /// inactive.
+    ///
+    /// # Errors
+    /// A queue runs; a flush that failed: it stays as it is then.
+    pub fn let_go(&self) -> Result<Option<RootUser>> {
+        let _turn = lock(&self.activation.turn);
+        if lock(&self.state).running.contains(&true) {
+            return Err(err!("export '{}': a queue runs", self.id()));
+        }
+        if !self.flush_stopped() {
+            return Err(err!("export '{}': it cannot be flushed", self.id()));
+        }
+        Ok(lock(&self.state).user.take())
+    }
+
+    /// Uses its root, which is open again, after [`Export::let_go`]. Does nothing if the export is active.
+    ///
+    /// # Errors
+    /// In QEMU's words.
+    pub fn take_up(&self) -> Result<()> {
+        let _turn = lock(&self.activation.turn);
+        if self.is_active() {
+            return Ok(());
+        }
+        let name = self.activation.opener.root();
+        let root = self.activation.graph().find(name);
+        self.use_root(&root.ok_or_else(|| err!("Cannot find device='' nor node-name='{name}'"))?)
     }
 
     /// Flushes and closes the nodes: afterwards neither caches nor locks are here, and the image is clean. Does nothing if the

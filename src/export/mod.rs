@@ -5,7 +5,7 @@
 //! never touches a running queue itself.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
@@ -81,6 +81,8 @@ struct Shared {
     cache: Cache,
     on_error: OnErrors,
     reports: Mutex<Reports>,
+    /// Queues that keep requests which failed.
+    holding: AtomicU32,
 }
 
 impl Shared {
@@ -217,6 +219,7 @@ impl Export {
             cache: Cache::new(!config.writethrough),
             on_error: config.on_error,
             reports: Mutex::default(),
+            holding: AtomicU32::new(0),
         });
         let threads = config.threads.clamp(1, usize::from(config.num_queues));
         let state = State {
@@ -248,9 +251,8 @@ impl Export {
             return true;
         }
         let count = lock(&self.state).running.len();
-        for index in 0..u16::try_from(count).unwrap_or(u16::MAX) {
-            self.halt_queue(index, false);
-        }
+        let all: Vec<u16> = (0..u16::try_from(count).unwrap_or(u16::MAX)).collect();
+        self.halt_queues(&all, false);
         let workers: Vec<Worker> =
             lock(&self.state).workers.iter_mut().filter_map(Option::take).collect();
         for worker in workers {
@@ -270,6 +272,11 @@ impl Export {
         for inbox in self.inboxes() {
             self.send(&inbox, Command::Resume, "resume");
         }
+    }
+
+    /// Whether requests that failed wait: the guest would see them fail if its queues stopped now.
+    pub fn is_holding(&self) -> bool {
+        self.shared.holding.load(Ordering::Relaxed) > 0
     }
 
     fn inboxes(&self) -> Vec<Arc<Inbox>> {
@@ -296,21 +303,32 @@ impl Export {
         flushed
     }
 
-    /// Stops a queue, drained or as [`Queue::suspend`] has it. Where its ring would go on, if it was running.
-    fn halt_queue(&self, index: u16, suspend: bool) -> Option<u32> {
-        let running = lock(&self.state).running.get(usize::from(index)).copied()?;
-        let make = |answer| match suspend {
-            false => Command::Stop(index, answer),
-            true => Command::Suspend(index, answer),
+    /// Stops queues, at the same time, drained or as [`Queue::suspend`] has it. Where each ring would go on, if it was running.
+    fn halt_queues(&self, indexes: &[u16], suspend: bool) -> Vec<Option<u32>> {
+        let stop = |index: u16| {
+            let running = lock(&self.state).running.get(usize::from(index)).copied()?;
+            let inbox = if running { self.worker(index, false).ok().flatten() } else { None };
+            let make = |answer| match suspend {
+                false => Command::Stop(index, answer),
+                true => Command::Suspend(index, answer),
+            };
+            Some((index, Export::post(&*inbox?, make)))
         };
-        let next = if running { self.command(index, make) } else { None };
-        lock(&self.state).running[usize::from(index)] = false;
-        next
+        let stopping: Vec<_> = indexes.iter().map(|index| stop(*index)).collect();
+        let wait = |(index, wait)| self.wait(&wait, &format!("queue {index}"));
+        let stopped = stopping.into_iter().map(|one| one.and_then(wait)).collect();
+        let mut state = lock(&self.state);
+        for index in indexes {
+            if let Some(running) = state.running.get_mut(usize::from(*index)) {
+                *running = false;
+            }
+        }
+        stopped
     }
 
-    /// [`Export::halt_queue`], and a flush after the last one.
-    fn end_queue(&self, index: u16, suspend: bool) -> Option<u32> {
-        let next = self.halt_queue(index, suspend);
+    /// [`Export::halt_queues`], and a flush after the last one.
+    fn end_queues(&self, indexes: &[u16], suspend: bool) -> Vec<Option<u32>> {
+        let next = self.halt_queues(indexes, suspend);
         // The guest has reset its driver, moves to another host, or is gone: what it has not flushed may stay unflushed
         // for ever.
         if !lock(&self.state).running.contains(&true) {
@@ -355,8 +373,16 @@ impl Export {
         make: impl FnOnce(SyncSender<T>) -> Command,
         what: &str,
     ) -> Option<T> {
-        let (answer, wait): (_, Receiver<T>) = sync_channel(1);
+        self.wait(&Export::post(to, make), what)
+    }
+
+    fn post<T>(to: &Inbox, make: impl FnOnce(SyncSender<T>) -> Command) -> Receiver<T> {
+        let (answer, wait) = sync_channel(1);
         to.post(Mail::Command(Box::new(make(answer))));
+        wait
+    }
+
+    fn wait<T>(&self, wait: &Receiver<T>, what: &str) -> Option<T> {
         let start = Instant::now();
         loop {
             match wait.recv_timeout(DRAIN_REPORT) {
@@ -476,11 +502,20 @@ impl Device for Export {
     }
 
     fn stop_queue(&self, index: u16) -> Option<u32> {
-        self.end_queue(index, false)
+        self.end_queues(&[index], false).pop().flatten()
     }
 
     fn suspend_queue(&self, index: u16) -> Option<u32> {
-        self.end_queue(index, true)
+        self.end_queues(&[index], true).pop().flatten()
+    }
+
+    fn stop_queues(&self, indexes: &[u16]) -> Vec<Option<u32>> {
+        self.end_queues(indexes, false)
+    }
+
+    fn about_to_stop(&self) {
+        // The flush when all have stopped has less to do then.
+        self.flush();
     }
 
     fn set_call(&self, index: u16, call: Option<OwnedFd>) {

@@ -341,11 +341,19 @@ impl Queue {
         let slot = &mut self.slots[usize::from(head)];
         self.held += u32::from(!std::mem::replace(&mut slot.held, true));
         if matches!(self.state, State::Running) {
-            self.state = State::Held;
+            self.set_state(State::Held);
+            let slot = &self.slots[usize::from(head)];
             self.shared.report_stop(self.index, &slot.doing, e);
         }
         self.retry |= e == Errno::ENOSPC;
         self.kept.push((head, slow));
+    }
+
+    fn set_state(&mut self, state: State) {
+        let is_held = |state: &State| u32::from(matches!(state, State::Held));
+        self.shared.holding.fetch_add(is_held(&state), Ordering::Relaxed);
+        self.shared.holding.fetch_sub(is_held(&self.state), Ordering::Relaxed);
+        self.state = state;
     }
 
     /// A request that may have been held has been answered.
@@ -355,7 +363,7 @@ impl Queue {
         }
         self.held -= 1;
         if self.held == 0 && matches!(self.state, State::Held) {
-            self.state = State::Running;
+            self.set_state(State::Running);
             self.shared.report_resume(self.index);
         }
     }
@@ -466,7 +474,7 @@ impl Queue {
 
     fn break_ring(&mut self, why: &str) {
         log::warn!("export '{}': queue {} is broken: {why}", self.shared.id, self.index);
-        self.state = State::Broken;
+        self.set_state(State::Broken);
         if let Some(tracker) = &mut self.tracker {
             tracker.give_up();
         }
@@ -478,7 +486,7 @@ impl Queue {
     /// Takes no more; once nothing is in flight, `answer` gets the ring's base.
     pub fn stop(&mut self, answer: SyncSender<u32>) {
         self.give_up();
-        self.state = State::Stopping(answer);
+        self.set_state(State::Stopping(answer));
     }
 
     /// Takes no more, and gives up what can be given up: requests that are kept, that are to be resubmitted, that wait
@@ -488,7 +496,7 @@ impl Queue {
     pub fn suspend(&mut self, answer: SyncSender<u32>, reactor: &mut Reactor) {
         let Some(tracker) = &mut self.tracker else { return self.stop(answer) };
         tracker.give_up();
-        self.state = State::Suspending(answer);
+        self.set_state(State::Suspending(answer));
         self.cancelled.store(true, Ordering::Relaxed);
         for (head, _) in self.retry() {
             self.leave_in_flight(head);

@@ -21,6 +21,11 @@ impl DirtyLog {
         DirtyLog { region, warned: AtomicBool::new(false) }
     }
 
+    /// Where the bits are.
+    pub fn region(&self) -> &Region {
+        &self.region
+    }
+
     /// Marks the pages of `len` bytes at `guest_addr`. To be called after the bytes were written: the front end takes the bit
     /// first and then copies the page. What lies behind the log's end cannot be marked; the first time, that is logged.
     pub fn mark(&self, guest_addr: u64, len: u64) {

@@ -6,7 +6,7 @@
 //! regions, and the old one goes when the last queue that used it has switched.
 
 use std::fmt;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use super::sg::IoVec;
@@ -24,6 +24,10 @@ pub struct Region {
     pub user_addr: u64,
     /// Its size in bytes.
     pub size: u64,
+    /// Where it starts in its file.
+    pub mmap_offset: u64,
+    /// What was mapped: our successor will want it (an upgrade in place).
+    file: OwnedFd,
     host: *mut u8,
     mapping: *mut libc::c_void,
     mapping_len: usize,
@@ -53,6 +57,7 @@ impl Region {
     ) -> Result<Region, Errno> {
         let page = page_size_of(file)?;
         let lead = mmap_offset % page;
+        let copy = file.as_fd().try_clone_to_owned()?;
         let fits = size != 0
             && guest_addr.checked_add(size).is_some()
             && user_addr.checked_add(size).is_some()
@@ -84,7 +89,19 @@ impl Region {
         let host = mapping.cast::<u8>().wrapping_add(lead);
         // SAFETY: all of the mapping just made, whole pages of the file's; `drop` gives up the guard before it unmaps.
         let guard = Some(unsafe { Guard::new(mapping, mapping_len) });
-        Ok(Region { guest_addr, user_addr, size, host, mapping, mapping_len, guard })
+        let file = copy;
+        let region = Region {
+            guest_addr,
+            user_addr,
+            size,
+            mmap_offset,
+            file,
+            host,
+            mapping,
+            mapping_len,
+            guard,
+        };
+        Ok(region)
     }
 
     /// Whether its file was cut short while it was in use: it is private zeroes since, see [`super::sigbus`].
@@ -102,13 +119,21 @@ impl Region {
         let mapping = unsafe { libc::mmap(std::ptr::null_mut(), mapping_len, prot, flags, -1, 0) };
         assert_ne!(mapping, libc::MAP_FAILED, "{}", Errno::last());
         let host = mapping.cast();
-        Region { guest_addr, user_addr, size, host, mapping, mapping_len, guard: None }
+        let file = std::fs::File::open("/dev/null").unwrap().into();
+        let mmap_offset = 0;
+        let guard = None;
+        Region { guest_addr, user_addr, size, mmap_offset, file, host, mapping, mapping_len, guard }
     }
 
     /// As if nobody guarded it.
     #[cfg(test)]
     pub(super) fn unguard(&mut self) {
         self.guard = None;
+    }
+
+    /// The file that is mapped.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     /// Its first byte in our address space; `size` bytes from there are mapped while the region lives.

@@ -152,7 +152,9 @@ fn read_to_end(mut from: File, stop: &EventFd) -> Result<Vec<u8>> {
     while bytes.len() <= LEN_MAX {
         match socket::wait(Some(from.as_fd()), libc::POLLIN, stop, Some(PAUSE_MAX_MS)) {
             Ok(Woken::Ready) => {}
-            Ok(Woken::Stop | Woken::Timeout) => return Err(err!("the state does not come")),
+            Ok(Woken::Stop | Woken::Pause | Woken::Timeout) => {
+                return Err(err!("the state does not come"));
+            }
             Err(e) => return Err(err!("the state cannot be waited for: {e}")),
         }
         match from.read(&mut part) {

@@ -2,7 +2,7 @@
 //! SET_INFLIGHT_FD. What is in it is `virtio::inflight`'s.
 #![forbid(unsafe_code)]
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use super::memory;
@@ -62,6 +62,17 @@ impl Area {
         let region = memory::shared(need, mmap_offset, fd)
             .map_err(|e| err!("{need} bytes at {mmap_offset:#x}: {e}"))?;
         Ok(Area { region, queues: num_queues, queue_size, packed })
+    }
+
+    /// What [`Area::map`] needs to map it again, and its file.
+    pub(super) fn describe(&self) -> (InflightDesc, BorrowedFd<'_>) {
+        let desc = InflightDesc {
+            mmap_size: self.region.size,
+            mmap_offset: self.region.mmap_offset,
+            num_queues: self.queues,
+            queue_size: self.queue_size,
+        };
+        (desc, self.region.file())
     }
 
     /// The part of queue `index`, for a ring of `size` entries; `None` if it has no place for that.

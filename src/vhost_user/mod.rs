@@ -1,8 +1,8 @@
 //! The vhost-user protocol: a listener, one session per connection, and the device it drives.
 //!
 //! [`server`] accepts, one front end at a time; `session` is the state machine of a connection, over `ring` (what the
-//! front end said of a ring), `memory` (guest memory), `inflight` (what a successor needs) and [`notify`] (configuration
-//! changes); [`message`] is the wire's vocabulary, `socket` the wire. The device behind it is a [`Device`].
+//! front end said of a ring), `memory` (guest memory), `inflight` (what a successor needs after a crash) and [`notify`]
+//! (configuration changes); `handover` gives a session to another process, in a [`parcel`], while `hold` makes it pause; [`message`] is the wire's vocabulary, `socket` the wire. The device behind it is a [`Device`].
 //!
 //! Why not the `vhost` crate's `BackendReqHandler`: it ends the connection on a message that it does not know and on every
 //! request that it refuses; it demands orders of negotiation that real front ends do not keep (cloud-hypervisor
@@ -15,15 +15,19 @@
 //! nothing is refused that can be served.
 
 mod device_state;
+mod handover;
+mod hold;
 mod inflight;
 mod memory;
 pub mod message;
 pub mod notify;
+pub mod parcel;
 mod ring;
 pub mod server;
 mod session;
-mod socket;
+pub(crate) mod socket;
 
+pub use hold::Suspended;
 pub use notify::{ConfigChange, Told};
 pub use server::{Endpoint, Server};
 
@@ -89,6 +93,12 @@ pub trait Device: Send + Sync {
     fn suspend_queue(&self, index: u16) -> Option<u32> {
         self.stop_queue(index)
     }
+    /// [`Device::stop_queue`] for several rings: they need not wait for each other.
+    fn stop_queues(&self, indexes: &[u16]) -> Vec<Option<u32>> {
+        indexes.iter().map(|index| self.stop_queue(*index)).collect()
+    }
+    /// All rings will be stopped in a moment, and the guest waits for them to start again: what can be done before should be.
+    fn about_to_stop(&self) {}
     /// A message has been handled, and no ring runs; its answer goes out afterwards. A ring that only moves does not come by
     /// here between its stop and its start.
     fn no_ring_runs(&self) {}

@@ -10,12 +10,16 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use serde_json::Value;
+
 use super::message::{self, BACKEND_CONFIG_CHANGE_MSG};
+use super::parcel::Parcel;
 use super::socket;
+use crate::error::Result;
 
 /// What became of a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,6 +103,23 @@ impl ConfigChange {
         let mut state = self.state();
         state.channel = Some(channel);
         state.tell_if_pending();
+    }
+
+    /// The channel, put into `parcel`, and whether a change is still to be told: for [`ConfigChange::load`] elsewhere.
+    ///
+    /// # Errors
+    /// No room for more descriptors.
+    pub(super) fn save(&self, parcel: &mut Parcel) -> Result<(Value, bool)> {
+        let state = self.state();
+        let channel = parcel.put_if(state.channel.as_ref().map(AsFd::as_fd))?;
+        Ok((channel, state.pending))
+    }
+
+    /// Goes on where another process was.
+    pub(super) fn load(&self, channel: Option<OwnedFd>, pending: bool) {
+        let mut state = self.state();
+        state.channel = channel.map(UnixStream::from);
+        state.pending |= pending;
     }
 
     /// The front end has read the configuration space.

@@ -11,9 +11,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use super::device_state::Transfer;
+use super::hold::Verdict;
 use super::inflight::{self, Area};
 use super::message::*;
 use super::notify::ConfigChange;
+use super::parcel::Parcel;
 use super::ring::{Kick, Ring, duplicate};
 use super::socket::{Channel, End};
 use super::{Device, memory};
@@ -56,21 +58,21 @@ enum Answer {
 
 /// The state of one connection.
 pub(super) struct Session<'a> {
-    device: &'a dyn Device,
+    pub(super) device: &'a dyn Device,
     name: &'a str,
-    config_change: &'a ConfigChange,
-    rings: Vec<Ring>,
-    map: Arc<GuestMap>,
+    pub(super) config_change: &'a ConfigChange,
+    pub(super) rings: Vec<Ring>,
+    pub(super) map: Arc<GuestMap>,
     /// Where requests in flight are tracked.
-    inflight: Option<Area>,
+    pub(super) inflight: Option<Area>,
     /// What the driver accepted, with [`OWN`]; `None` before it did.
-    features: Option<u64>,
+    pub(super) features: Option<u64>,
     /// The last SET_LOG_BASE.
-    log: Option<Result<Arc<DirtyLog>>>,
-    protocol: Protocol,
-    status: u8,
+    pub(super) log: Option<Result<Arc<DirtyLog>>>,
+    pub(super) protocol: Protocol,
+    pub(super) status: u8,
     /// A transfer of the device's state, from its beginning to its check.
-    state: Option<Transfer>,
+    pub(super) state: Option<Transfer>,
     warnings: u32,
 }
 
@@ -99,7 +101,13 @@ impl<'a> Session<'a> {
     }
 
     /// Serves the front end until the connection ends; afterwards no ring runs and the device has forgotten it.
-    pub(super) fn serve(mut self, channel: &mut Channel<'_>) -> End {
+    pub(super) fn serve(self, channel: &mut Channel<'_>) -> End {
+        self.go_on(channel, &[])
+    }
+
+    /// The same, after the rings of `ran` have been started: another process served them before.
+    pub(super) fn go_on(mut self, channel: &mut Channel<'_>, ran: &[usize]) -> End {
+        self.resume(ran);
         let end = self.converse(channel);
         self.halt_all();
         self.config_change.detach();
@@ -114,6 +122,10 @@ impl<'a> Session<'a> {
         loop {
             let mut message = match channel.receive() {
                 Ok(message) => message,
+                Err(End::Paused) => match self.pause(channel) {
+                    Verdict::Resume => continue,
+                    Verdict::End => return End::HandedOver,
+                },
                 Err(end) => return end,
             };
             log::trace!("{}: {} {:?}", self.name, message.header.name(), message.header);
@@ -128,6 +140,34 @@ impl<'a> Session<'a> {
             // After the reply: QEMU hears nothing else while it waits for one.
             self.config_change.set_running(self.rings.iter().any(|r| r.running));
         }
+    }
+
+    /// Somebody wants another process to go on with this connection: stops all rings as GET_VRING_BASE does, says what there is
+    /// to know, and does nothing more until it is known who serves.
+    fn pause(&mut self, channel: &Channel<'_>) -> Verdict {
+        let Some(ask) = channel.hold.asked() else { return Verdict::Resume };
+        let ran: Vec<usize> = self.all().filter(|i| self.rings[*i].running).collect();
+        if !ran.is_empty() {
+            self.device.about_to_stop();
+        }
+        self.halt_all();
+        let verdict = ask.settle(self.packed(channel, &ran), Verdict::Resume);
+        if verdict == Verdict::Resume {
+            self.resume(&ran);
+        }
+        verdict
+    }
+
+    fn packed(&self, channel: &Channel<'_>, ran: &[usize]) -> Result<Parcel> {
+        let mut parcel = channel.hold.parcel()?;
+        parcel.body["session"] = self.save(&channel.stream, ran, &mut parcel)?;
+        Ok(parcel)
+    }
+
+    /// Starts the rings of `ran`.
+    fn resume(&mut self, ran: &[usize]) {
+        ran.iter().for_each(|i| self.start_or_warn(*i));
+        self.config_change.set_running(self.rings.iter().any(|r| r.running));
     }
 
     /// Handles one message; answers the bytes of the reply, if there is to be one ("Communication", "REPLY_ACK"), and the
@@ -243,7 +283,7 @@ impl<'a> Session<'a> {
     }
 
     /// Whether the driver's rings are packed, as far as is known.
-    fn is_packed(&self) -> bool {
+    pub(super) fn is_packed(&self) -> bool {
         self.features.is_some_and(is_packed)
     }
 
@@ -254,7 +294,7 @@ impl<'a> Session<'a> {
 
 /// Features, status and configuration space.
 impl Session<'_> {
-    fn offered_features(&self) -> u64 {
+    pub(super) fn offered_features(&self) -> u64 {
         self.device.features() | OWN
     }
 
@@ -480,18 +520,14 @@ impl Session<'_> {
     /// Starts ring `i` if it is wanted and does not run.
     fn start(&mut self, i: usize) -> Result<()> {
         let log = self.ring_log(i);
-        let ring = &mut self.rings[i];
+        let ring = &self.rings[i];
         let Some(features) = self.features.map(|f| f & !OWN) else { return Ok(()) };
         if ring.running || !ring.is_wanted() || self.map.regions().is_empty() {
             return Ok(());
         }
+        self.check_ring(i)?;
+        let ring = &mut self.rings[i];
         let packed = is_packed(features);
-        if !is_size(ring.size, packed) {
-            return Err(err!("queue {i}: {} entries: not a power of two", ring.size));
-        }
-        if !ring.is_mapped(&self.map, packed) {
-            return Err(err!("queue {i}: its addresses are not in guest memory"));
-        }
         let fail = |e: &dyn std::fmt::Display| err!("queue {i}: cannot start: {e}");
         let mut setup = ring.setup(&self.map, features, log).map_err(|e| fail(&e))?;
         let area = self.inflight.as_ref();
@@ -502,6 +538,18 @@ impl Session<'_> {
         log::debug!("{}: queue {i} starts at {:#x} of {}", self.name, setup.base, ring.size);
         self.device.start_queue(queue(i), setup).map_err(|e| fail(&e))?;
         ring.running = true;
+        Ok(())
+    }
+
+    /// Whether a ring like `i` can run in this memory.
+    pub(super) fn check_ring(&self, i: usize) -> Result<()> {
+        let ring = &self.rings[i];
+        if !is_size(ring.size, self.is_packed()) {
+            return Err(err!("queue {i}: {} entries: not a power of two", ring.size));
+        }
+        if !ring.is_mapped(&self.map, self.is_packed()) {
+            return Err(err!("queue {i}: its addresses are not in guest memory"));
+        }
         Ok(())
     }
 
@@ -525,7 +573,7 @@ impl Session<'_> {
     /// Stops ring `i` for a front end that asked for that: as [`Session::halt`], or, if GET_VRING_BASE_INFLIGHT is
     /// negotiated, at once; then requests may stay in the in-flight region, and no memory of the guest's is in use. That
     /// feature is about GET_VRING_BASE, but QEMU disables all rings before, and would wait there.
-    fn pause(&mut self, i: usize) {
+    fn halt_as_asked(&mut self, i: usize) {
         if self.protocol.contains(Protocol::GET_VRING_BASE_INFLIGHT) {
             self.end(i, |device, queue| device.suspend_queue(queue));
         } else {
@@ -534,17 +582,31 @@ impl Session<'_> {
     }
 
     fn end(&mut self, i: usize, stop: impl FnOnce(&dyn Device, u16) -> Option<u32>) {
-        let ring = &mut self.rings[i];
-        if std::mem::take(&mut ring.running) {
-            match stop(self.device, queue(i)) {
-                Some(base) => ring.base = Some(base),
-                None => self.warn(&format!("queue {i}: it had stopped by itself")),
-            }
+        if self.rings[i].running {
+            let base = stop(self.device, queue(i));
+            self.halted(i, base);
         }
     }
 
+    fn halted(&mut self, i: usize, base: Option<u32>) {
+        self.rings[i].running = false;
+        match base {
+            Some(base) => self.rings[i].base = Some(base),
+            None => self.warn(&format!("queue {i}: it had stopped by itself")),
+        }
+    }
+
+    /// The same for all: they do not wait for each other.
     fn halt_all(&mut self) {
-        self.all().for_each(|i| self.halt(i));
+        let running: Vec<usize> = self.all().filter(|i| self.rings[*i].running).collect();
+        if running.is_empty() {
+            return;
+        }
+        let queues: Vec<u16> = running.iter().map(|i| queue(*i)).collect();
+        let bases = self.device.stop_queues(&queues);
+        for (i, base) in running.into_iter().zip(bases) {
+            self.halted(i, base);
+        }
     }
 
     /// What GET_VRING_BASE does, also for a front end that describes a running ring anew without saying so.
@@ -555,7 +617,7 @@ impl Session<'_> {
 
     fn get_base(&mut self, state: VringState) -> Result<Answer> {
         let i = self.ring(state.index)?;
-        self.pause(i);
+        self.halt_as_asked(i);
         self.stop(i);
         let num = self.rings[i].base(self.is_packed());
         Ok(Answer::State(VringState { index: state.index, num }))
@@ -623,7 +685,7 @@ impl Session<'_> {
         let i = self.ring(state.index)?;
         match state.num {
             0 => {
-                self.pause(i);
+                self.halt_as_asked(i);
                 self.rings[i].enabled = false;
                 Ok(())
             }

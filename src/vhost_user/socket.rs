@@ -14,6 +14,7 @@ use std::os::unix::net::UnixStream;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use super::hold::Hold;
 use super::message::{Header, MAX_FDS, MAX_PAYLOAD, Message, VERSION, VERSION_MASK};
 
 /// The most descriptors that the kernel passes with one `sendmsg` (SCM_MAX_FD).
@@ -30,6 +31,10 @@ pub enum End {
     Cut,
     /// We were told to stop.
     Stopped,
+    /// We are to pause, and are between two messages: see [`Hold`](super::hold::Hold). Not an end yet.
+    Paused,
+    /// Another process serves the connection now.
+    HandedOver,
     /// A header that cannot be one: what follows it cannot be found.
     Malformed(Header),
     /// The socket failed.
@@ -42,6 +47,8 @@ impl fmt::Display for End {
             End::Closed => f.write_str("closed by the front end"),
             End::Cut => f.write_str("closed by the front end in the middle of a message"),
             End::Stopped => f.write_str("stopped"),
+            End::Paused => f.write_str("paused"),
+            End::HandedOver => f.write_str("handed over"),
             End::Malformed(h) => write!(
                 f,
                 "malformed message: request {}, flags {:#x}, {} bytes",
@@ -58,16 +65,17 @@ impl From<io::Error> for End {
     }
 }
 
-/// One connection, and the event that ends it.
+/// One connection, and the events that end it or make it pause.
 pub struct Channel<'a> {
-    stream: UnixStream,
+    pub(super) stream: UnixStream,
     stop: &'a EventFd,
+    pub(super) hold: &'a Hold,
 }
 
 /// What came for one message so far.
 #[derive(Default)]
-struct Incoming {
-    fds: Vec<OwnedFd>,
+pub(crate) struct Incoming {
+    pub(crate) fds: Vec<OwnedFd>,
     lost: bool,
 }
 
@@ -82,15 +90,15 @@ impl Incoming {
 }
 
 impl<'a> Channel<'a> {
-    /// A channel over `stream` that ends when `stop` becomes readable.
-    pub fn new(stream: UnixStream, stop: &'a EventFd) -> Self {
-        Channel { stream, stop }
+    /// A channel over `stream` that ends when `stop` becomes readable, and pauses when `hold` says so.
+    pub fn new(stream: UnixStream, stop: &'a EventFd, hold: &'a Hold) -> Self {
+        Channel { stream, stop, hold }
     }
 
     /// Receives one message: waits for it for as long as it takes.
     ///
     /// # Errors
-    /// The connection's end; it is of no use afterwards.
+    /// The connection's end; it is of no use afterwards. But [`End::Paused`]: not a byte of a message has been read.
     pub fn receive(&mut self) -> Result<Message, End> {
         let mut incoming = Incoming::default();
         let mut header = [0; Header::LEN];
@@ -107,7 +115,9 @@ impl<'a> Channel<'a> {
     fn fill(&self, buf: &mut [u8], incoming: &mut Incoming, first: bool) -> Result<(), End> {
         let mut done = 0;
         while done < buf.len() {
-            self.wait(libc::POLLIN)?;
+            // A message that has begun is received to its end, whoever waits.
+            let pause = (first && done == 0).then(|| self.hold.event());
+            self.wait(libc::POLLIN, pause)?;
             match receive_some(self.stream.as_fd(), &mut buf[done..], incoming) {
                 Ok(0) if first && done == 0 => return Err(End::Closed),
                 Ok(0) => return Err(End::Cut),
@@ -129,7 +139,9 @@ impl<'a> Channel<'a> {
         while !bytes.is_empty() {
             match send_now(self.stream.as_fd(), bytes) {
                 Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait(libc::POLLOUT)?,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.wait(libc::POLLOUT, None)?;
+                }
                 Err(e) if is_retry(&e) => {}
                 Err(e) if e.raw_os_error() == Some(libc::EPIPE) => return Err(End::Closed),
                 Err(e) => return Err(End::Io(e)),
@@ -144,15 +156,16 @@ impl<'a> Channel<'a> {
     /// The connection's end.
     pub fn send_with(&mut self, bytes: &[u8], fd: &OwnedFd) -> Result<(), End> {
         // A socket that is ready to be written has room for a short message: the call does not wait.
-        self.wait(libc::POLLOUT)?;
+        self.wait(libc::POLLOUT, None)?;
         let sent = self.stream.send_with_fd(bytes, fd.as_raw_fd());
         let sent = sent.map_err(|e| End::Io(io::Error::from_raw_os_error(e.errno())))?;
         self.send(bytes.get(sent..).unwrap_or_default())
     }
 
-    fn wait(&self, events: libc::c_short) -> Result<(), End> {
-        match wait(Some(self.stream.as_fd()), events, self.stop, None)? {
+    fn wait(&self, events: libc::c_short, pause: Option<&EventFd>) -> Result<(), End> {
+        match wait_or_pause(Some(self.stream.as_fd()), events, (self.stop, pause), None)? {
             Woken::Stop => Err(End::Stopped),
+            Woken::Pause => Err(End::Paused),
             Woken::Ready | Woken::Timeout => Ok(()),
         }
     }
@@ -167,6 +180,8 @@ fn is_retry(e: &io::Error) -> bool {
 pub enum Woken {
     /// The stop event; it comes first.
     Stop,
+    /// The pause event.
+    Pause,
     /// The descriptor (or its error or end, which the next call on it tells).
     Ready,
     /// Neither, in the time given.
@@ -183,17 +198,33 @@ pub fn wait(
     stop: &EventFd,
     timeout_ms: Option<u16>,
 ) -> io::Result<Woken> {
+    wait_or_pause(fd, events, (stop, None), timeout_ms)
+}
+
+/// The same, and for `pause`, which comes before `fd`.
+///
+/// # Errors
+/// What `poll` says, except EINTR.
+pub fn wait_or_pause(
+    fd: Option<BorrowedFd<'_>>,
+    events: libc::c_short,
+    (stop, pause): (&EventFd, Option<&EventFd>),
+    timeout_ms: Option<u16>,
+) -> io::Result<Woken> {
+    // A negative descriptor is skipped.
+    let pause = pause.map_or(-1, AsRawFd::as_raw_fd);
     let mut polled = [
         libc::pollfd { fd: stop.as_raw_fd(), events: libc::POLLIN, revents: 0 },
-        // A negative descriptor is skipped.
+        libc::pollfd { fd: pause, events: libc::POLLIN, revents: 0 },
         libc::pollfd { fd: fd.map_or(-1, |fd| fd.as_raw_fd()), events, revents: 0 },
     ];
     loop {
-        // SAFETY: the array has two elements and outlives the call.
-        let rc = unsafe { libc::poll(polled.as_mut_ptr(), 2, timeout_ms.map_or(-1, i32::from)) };
+        // SAFETY: the array has three elements and outlives the call.
+        let rc = unsafe { libc::poll(polled.as_mut_ptr(), 3, timeout_ms.map_or(-1, i32::from)) };
         match rc {
             0 => return Ok(Woken::Timeout),
             1.. if polled[0].revents != 0 => return Ok(Woken::Stop),
+            1.. if polled[1].revents != 0 => return Ok(Woken::Pause),
             1.. => return Ok(Woken::Ready),
             _ => {
                 let e = io::Error::last_os_error();
@@ -239,6 +270,15 @@ pub fn discard_input(fd: BorrowedFd<'_>) -> io::Result<()> {
 
 /// The process at the other end of the connection, where the kernel knows it.
 pub fn peer_pid(stream: &UnixStream) -> Option<i32> {
+    peer(stream).map(|cred| cred.pid).filter(|pid| *pid > 0)
+}
+
+/// The user that the process at the other end acted as when the connection was made.
+pub fn peer_uid(stream: &UnixStream) -> Option<u32> {
+    peer(stream).map(|cred| cred.uid)
+}
+
+fn peer(stream: &UnixStream) -> Option<libc::ucred> {
     let mut cred = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut len = libc::socklen_t::try_from(size_of::<libc::ucred>()).ok()?;
     // SAFETY: the kernel writes at most `len` bytes of plain data into `cred`, and `len` is its size.
@@ -251,11 +291,15 @@ pub fn peer_pid(stream: &UnixStream) -> Option<i32> {
             &raw mut len,
         )
     };
-    (rc == 0 && cred.pid > 0).then_some(cred.pid)
+    (rc == 0).then_some(cred)
 }
 
 /// Receives what is there, at most `buf`'s length, without waiting; 0 is the end.
-fn receive_some(fd: BorrowedFd<'_>, buf: &mut [u8], incoming: &mut Incoming) -> io::Result<usize> {
+pub(crate) fn receive_some(
+    fd: BorrowedFd<'_>,
+    buf: &mut [u8],
+    incoming: &mut Incoming,
+) -> io::Result<usize> {
     let mut control = [0u64; CONTROL_WORDS];
     let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     // SAFETY: `msghdr` is plain data, for which all zeroes is a value.
