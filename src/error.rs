@@ -80,6 +80,8 @@ impl Errno {
     pub const EINVAL: Errno = Errno(libc::EINVAL);
     /// Operation not permitted.
     pub const EPERM: Errno = Errno(libc::EPERM);
+    /// Nobody waits for it any more.
+    pub const ECANCELED: Errno = Errno(libc::ECANCELED);
 
     /// The error of the last failed system call of this thread.
     pub fn last() -> Self {

@@ -45,6 +45,7 @@
 //! * [`block`]: nodes, drivers, the graph and the generic layer of requests. Its page holds the rules for driver authors.
 //! * [`export`]: requests, queues, workers.
 //! * [`vhost_user`]: messages, session, server. Not the `vhost` crate's handler: see there.
+//! * [`sandbox`]: what all of these may not do any more once they serve.
 //! * [`qapi`], [`cli`]: QEMU's option language and the command line.
 //! * `sim` (feature `sim`, for tests): the drivers on simulated disks whose power fails at any moment.
 //!
@@ -101,6 +102,7 @@ pub mod export;
 pub mod mem;
 pub mod qapi;
 pub mod rt;
+pub mod sandbox;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
 pub mod sys;

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io;
 use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
 
 /// Turns libc's -1 into the error in errno.
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
@@ -76,12 +77,11 @@ pub fn umask(mask: u32) {
     unsafe { libc::umask(mask) };
 }
 
-/// Points the standard input, output and error at /dev/null.
+/// Points the standard input, output and error at `null`, which is /dev/null.
 ///
 /// # Errors
-/// If it cannot be opened.
-pub fn null_stdio() -> io::Result<()> {
-    let null = File::options().read(true).write(true).open("/dev/null")?;
+/// What the kernel says.
+pub fn null_stdio(null: &File) -> io::Result<()> {
     for fd in 0..3 {
         // SAFETY: `dup2` replaces the standard descriptors, which nobody owns, by another open file.
         check(unsafe { libc::dup2(null.as_raw_fd(), fd) })?;
@@ -89,17 +89,76 @@ pub fn null_stdio() -> io::Result<()> {
     Ok(())
 }
 
+/// Whether `fd` is open for reading, and for writing.
+///
+/// # Errors
+/// What the kernel says.
+pub fn access_mode(fd: BorrowedFd<'_>) -> io::Result<(bool, bool)> {
+    // SAFETY: no pointers; the descriptor is borrowed for the call.
+    let flags = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
+    let mode = if flags & libc::O_PATH == 0 { flags & libc::O_ACCMODE } else { -1 };
+    let either = mode == libc::O_RDWR;
+    Ok((either || mode == libc::O_RDONLY, either || mode == libc::O_WRONLY))
+}
+
+/// The processors that this process may use. Asked for once: the answer is partly in files, which a sandbox hides.
+pub fn processors() -> usize {
+    static COUNT: OnceLock<usize> = OnceLock::new();
+    *COUNT.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
+}
+
+/// Where the kernel says which boot of the machine this is.
+pub const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Tells the C library's allocator how many arenas it may have: as many as it takes by itself (eight for each processor).
+/// Otherwise it asks for the number of processors with the ninth, in files that a sandbox hides.
+pub fn limit_arenas() {
+    #[cfg(target_env = "gnu")]
+    {
+        let arenas = i32::try_from(8 * processors()).unwrap_or(i32::MAX);
+        // SAFETY: no memory is passed; the allocator takes its own locks.
+        unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
+    }
+}
+
 /// Raises the limit of open files to the most that is allowed.
 ///
 /// # Errors
 /// What the kernel says.
 pub fn raise_nofile_limit() -> io::Result<()> {
+    raise_to_allowed(libc::RLIMIT_NOFILE)
+}
+
+/// Whether the memory that this process may lock is unlimited.
+pub fn locks_without_limit() -> bool {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is valid for writing.
-    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
+    let got = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limit) };
+    got == 0 && limit.rlim_cur == libc::RLIM_INFINITY
+}
+
+fn raise_to_allowed(what: libc::__rlimit_resource_t) -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is valid for writing.
+    check(unsafe { libc::getrlimit(what, &raw mut limit) })?;
     limit.rlim_cur = limit.rlim_max;
     // SAFETY: `limit` is valid for reading.
-    check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }).map(drop)
+    check(unsafe { libc::setrlimit(what, &raw const limit) }).map(drop)
+}
+
+/// Raises the limit of locked memory, which the kernel counts the rings of an io_uring as, to the most that is allowed: no limit
+/// for who may say so (CAP_SYS_RESOURCE). It is counted for each user, over all processes, and the usual limit is enough for
+/// some fifty rings.
+///
+/// # Errors
+/// What the kernel says.
+pub fn raise_memlock_limit() -> io::Result<()> {
+    let none = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: `none` is valid for reading.
+    if check(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const none) }).is_ok() {
+        return Ok(());
+    }
+    raise_to_allowed(libc::RLIMIT_MEMLOCK)
 }
 
 /// Signals that are blocked in this thread, and in those it starts later, and read from a descriptor instead.

@@ -137,9 +137,9 @@ fn serve(guest: &mut Guest, rng: &mut Rng, count: u64, checked: bool) {
 /// Memory to track the guest's requests in that nobody has used yet.
 fn fresh_region(size: u16) -> View {
     let file = tempfile::tempfile().unwrap();
-    file.set_len(part_len(size)).unwrap();
-    let region = Region::map(&file, 0, 0, part_len(size), 0).unwrap();
-    View::new(Arc::new(region), 0, size).unwrap()
+    file.set_len(part_len(size, false)).unwrap();
+    let region = Region::map(&file, 0, 0, part_len(size, false), 0).unwrap();
+    View::new(Arc::new(region), 0, size, false).unwrap()
 }
 
 fn config(name: &str) -> ExportConfig {

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
 mod common;
+#[path = "drivers/mod.rs"]
+mod drivers;
 
 use std::fs::File;
 use std::path::Path;
@@ -12,6 +14,7 @@ use vub_client::{Client, Options, proto::pf, proto::req};
 
 use common::program::Program;
 use common::{LIMIT, MIB, eventually, small};
+use drivers::bed::Loop;
 
 /// BACKEND_CONFIG_CHANGE_MSG.
 const CONFIG_CHANGE: u32 = 2;
@@ -64,6 +67,31 @@ fn a_file_that_grows_is_noticed() {
     // Whoever connects later sees it at once.
     drop(client);
     assert_eq!(capacity(&mut program.connect("root", small())), 3 * MIB);
+}
+
+#[test]
+fn a_device_that_grows_is_noticed() {
+    if !Loop::exist() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    File::create(&path).unwrap().set_len(MIB).unwrap();
+    let device = Loop::over(&path, 512);
+    for direct in [true, false] {
+        let node = json!({
+            "driver": "host_device", "node-name": "root", "filename": device.0,
+            "cache": {"direct": direct},
+        });
+        let program = Program::start(&[node.to_string()], &[("root", WRITABLE)]);
+        let mut client = program.connect("root", with_channel());
+        let before = capacity(&mut client);
+        set_len(&path, before + MIB);
+        device.resize();
+        expect_growth(&mut client, before + MIB);
+        drop(client);
+        assert!(program.terminate().success());
+    }
 }
 
 #[test]

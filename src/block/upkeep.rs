@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::IoFuture;
 use crate::rt;
+use crate::sandbox::{self, Thread};
 
 /// Without descriptors for a runtime nothing can be tended to; they may come back.
 const RETRY: Duration = Duration::from_secs(1);
@@ -39,6 +40,7 @@ struct Shared {
 struct State {
     dates: Vec<(Instant, Weak<dyn Tend>)>,
     thread: Option<JoinHandle<()>>,
+    paused: bool,
     /// Something is being tended to.
     tending: bool,
     /// The [`Hold`]s that there are.
@@ -85,16 +87,46 @@ impl Upkeep {
             Some((date, _)) => *date = when.min(*date),
             None => state.dates.push((when, what)),
         }
-        if state.thread.is_none() {
-            let shared = Arc::clone(&self.shared);
-            let thread = thread::Builder::new().name("blk-upkeep".into());
-            match thread.spawn(move || shared.run()) {
-                Ok(handle) => state.thread = Some(handle),
-                // The next one who registers tries again; what a flush must do, it does without us.
-                Err(e) => log::warn!("no thread for upkeep: {e}"),
-            }
-        }
+        self.start(&mut state);
         self.shared.changed.notify_all();
+    }
+
+    /// Starts the thread, if it is not there.
+    fn start(&self, state: &mut State) {
+        if state.thread.is_some() || state.ended || state.paused {
+            return;
+        }
+        let shared = Arc::clone(&self.shared);
+        let thread = thread::Builder::new().name("blk-upkeep".into());
+        let run = move || {
+            sandbox::thread(Thread::Worker);
+            shared.run();
+        };
+        match thread.spawn(run) {
+            Ok(handle) => state.thread = Some(handle),
+            // The next one who registers tries again; what a flush must do, it does without us.
+            Err(e) => log::warn!("no thread for upkeep: {e}"),
+        }
+    }
+
+    /// Has no thread until [`Upkeep::resume`]; keeps what is registered. Waits for what is being tended to.
+    pub fn pause(&self) {
+        let thread = {
+            let mut state = self.shared.lock();
+            state.paused = true;
+            state.thread.take()
+        };
+        self.shared.changed.notify_all();
+        join(thread);
+    }
+
+    /// Goes on after [`Upkeep::pause`].
+    pub fn resume(&self) {
+        let mut state = self.shared.lock();
+        state.paused = false;
+        if !state.dates.is_empty() {
+            self.start(&mut state);
+        }
     }
 
     /// Forgets everything and takes nothing more. Waits for what is being tended to, except on the very thread that does.
@@ -106,11 +138,16 @@ impl Upkeep {
         };
         self.shared.changed.notify_all();
         drop(dates);
-        if let Some(thread) = thread.filter(|t| t.thread().id() != thread::current().id())
-            && thread.join().is_err()
-        {
-            log::error!("the upkeep thread panicked");
-        }
+        join(thread);
+    }
+}
+
+/// Waits for the end of `thread`, unless it is the calling one.
+fn join(thread: Option<JoinHandle<()>>) {
+    if let Some(thread) = thread.filter(|t| t.thread().id() != thread::current().id())
+        && thread.join().is_err()
+    {
+        log::error!("the upkeep thread panicked");
     }
 }
 
@@ -151,7 +188,7 @@ impl Shared {
     fn next(&self) -> Option<Weak<dyn Tend>> {
         let mut state = self.lock();
         loop {
-            if state.ended {
+            if state.ended || state.paused {
                 return None;
             }
             let dates = state.dates.iter().enumerate();

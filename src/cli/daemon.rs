@@ -4,9 +4,9 @@
 use std::fs::{self, File};
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Errno, Error, Result};
 use crate::sys::{self, Fork};
@@ -28,6 +28,8 @@ pub enum Side {
 /// The daemon's way to say that it is up.
 pub struct Background {
     pipe: PipeWriter,
+    /// /dev/null: it may be out of reach when it is needed.
+    null: File,
 }
 
 /// Goes to the background. The parent returns only when the daemon is up, or has failed; until then the daemon writes
@@ -48,7 +50,8 @@ pub fn daemonize() -> io::Result<Side> {
         sys::exit_now(0);
     }
     sys::umask(UMASK);
-    Ok(Side::Daemon(Background { pipe }))
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    Ok(Side::Daemon(Background { pipe, null }))
 }
 
 /// The exit code for what the daemon says.
@@ -67,7 +70,7 @@ impl Background {
     /// If that fails.
     pub fn ready(mut self) -> io::Result<()> {
         std::env::set_current_dir("/")?;
-        sys::null_stdio()?;
+        sys::null_stdio(&self.null)?;
         self.pipe.write_all(&[READY])
     }
 }
@@ -114,6 +117,21 @@ impl Pidfile {
     }
 }
 
+impl Pidfile {
+    /// Gives the file to a user and a group, as far as they are given.
+    ///
+    /// # Errors
+    /// Without the right to.
+    pub fn give_to(&self, (user, group): (Option<u32>, Option<u32>)) -> Result<()> {
+        fchown(&self.file, user, group).map_err(|e| no_pidfile("Cannot give pid file away", e))
+    }
+
+    /// The directory that it is in.
+    pub fn dir(&self) -> Option<&Path> {
+        self.path.parent()
+    }
+}
+
 fn no_pidfile(what: &str, e: io::Error) -> Error {
     Error::from_errno(format!("cannot create PID file: {what}"), Errno::from(e))
 }
@@ -135,22 +153,39 @@ impl Drop for Pidfile {
     }
 }
 
-/// Tells the service manager, if there is one, `state` (`READY=1`, `STOPPING=1`).
-pub fn notify(state: &str) {
-    let Some(socket) = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else {
-        return;
-    };
-    if let Err(e) = send(socket.as_encoded_bytes(), state) {
-        log::warn!("cannot notify the service manager: {e}");
+/// The service manager, if there is one.
+pub struct Manager {
+    socket: Option<UnixDatagram>,
+}
+
+impl Manager {
+    /// Connects to it: later it may be out of reach.
+    pub fn connect() -> Manager {
+        let name = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty());
+        let connected = name.map(|name| connect(name.as_encoded_bytes()));
+        let socket = connected.and_then(|result| {
+            result.map_err(|e| log::warn!("cannot notify the service manager: {e}")).ok()
+        });
+        Manager { socket }
+    }
+
+    /// Tells it `state` (`READY=1`, `STOPPING=1`).
+    pub fn notify(&self, state: &str) {
+        let Some(socket) = &self.socket else { return };
+        if let Err(e) = socket.send(state.as_bytes()) {
+            log::warn!("cannot notify the service manager: {e}");
+        }
     }
 }
 
-fn send(socket: &[u8], state: &str) -> io::Result<()> {
+fn connect(socket: &[u8]) -> io::Result<UnixDatagram> {
     let address = match socket.split_first() {
         Some((b'@', name)) => SocketAddr::from_abstract_name(name)?,
         _ => SocketAddr::from_pathname(String::from_utf8_lossy(socket).as_ref())?,
     };
-    UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address).map(drop)
+    let socket = UnixDatagram::unbound()?;
+    socket.connect_addr(&address)?;
+    Ok(socket)
 }
 
 #[cfg(test)]
@@ -180,14 +215,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("n");
         let receiver = UnixDatagram::bind(&path).unwrap();
-        send(path.as_os_str().as_encoded_bytes(), "READY=1").unwrap();
+        let send = |name: &[u8], state| {
+            Manager { socket: Some(connect(name).unwrap()) }.notify(state);
+        };
+        send(path.as_os_str().as_encoded_bytes(), "READY=1");
         let mut buffer = [0; 16];
         let n = receiver.recv(&mut buffer).unwrap();
         assert_eq!(&buffer[..n], b"READY=1");
         let name = format!("vub-test-{}", std::process::id());
         let receiver =
             UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
-        send(format!("@{name}").as_bytes(), "STOPPING=1").unwrap();
+        send(format!("@{name}").as_bytes(), "STOPPING=1");
         assert_eq!(receiver.recv(&mut buffer).unwrap(), 10);
     }
 }

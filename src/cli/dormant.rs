@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -137,6 +138,16 @@ impl Dormant {
         let read_only = definitions.last()?.get("read-only") == Some(&Value::Bool(true));
         Some(Asleep { probe, definitions, read_only })
     }
+
+    /// All files that the nodes are made of, backing files that only images' headers name included; and whether they will
+    /// be opened for writing.
+    pub fn files(&self) -> Vec<(PathBuf, bool)> {
+        let mut named = Vec::new();
+        self.definitions.iter().for_each(|options| files(options, false, &mut named));
+        let found = self.probes.nodes().into_iter().filter_map(|node| node.driver().filename());
+        named.extend(found.map(|path| (path.into(), false)));
+        named
+    }
 }
 
 /// The node `root` and the defined nodes that it refers to.
@@ -169,6 +180,23 @@ fn references(options: &Options, names: &mut Vec<String>) {
             Some(Value::String(name)) => names.push(name.clone()),
             Some(Value::Object(inside)) => references(inside, names),
             _ => {}
+        }
+    }
+}
+
+/// Adds the files that `options` names, also in nodes defined inside. `read_only` is what they inherit.
+fn files(options: &Options, read_only: bool, named: &mut Vec<(PathBuf, bool)>) {
+    let read_only = options.get("read-only").map_or(read_only, |value| value == &Value::Bool(true));
+    if let Some(Value::String(path)) = options.get("filename") {
+        named.push((path.into(), !read_only));
+    }
+    // What `blkdebug` reads its rules from.
+    if let Some(Value::String(path)) = options.get("config") {
+        named.push((path.into(), false));
+    }
+    for child in child_options(options) {
+        if let Some(Value::Object(inside)) = options.get(child) {
+            files(inside, read_only || child == "backing", named);
         }
     }
 }

@@ -161,7 +161,7 @@ impl Wanted {
         if serial.len() > SERIAL_MAX {
             return Err(err!("serial must be at most {SERIAL_MAX} bytes"));
         }
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let cores = crate::sys::processors();
         let threads = match self.number("threads") {
             Some(0) => return Err(err!("threads must be greater than 0")),
             Some(n) => usize::try_from(n).unwrap_or(usize::MAX),
@@ -286,6 +286,11 @@ impl Exports {
                 Err(e)
             }
         }
+    }
+
+    /// The sockets that are in the file system.
+    pub fn places(&self) -> impl Iterator<Item = &Place> {
+        self.list.iter().filter_map(|running| running.place.as_ref())
     }
 
     /// Gives the sockets their names.

@@ -56,6 +56,14 @@ pub enum Opt {
     StateDir,
     /// `--strict-formats`
     StrictFormats,
+    /// `--sandbox`
+    Sandbox,
+    /// `--allow-path`
+    AllowPath,
+    /// `--user`
+    User,
+    /// `--group`
+    Group,
 }
 
 /// Whether an option has an argument.
@@ -112,6 +120,10 @@ static OURS: &[Spec] = &[
     spec("print-graph", Opt::PrintGraph, Argument::Optional),
     spec("state-dir", Opt::StateDir, Argument::Required),
     spec("strict-formats", Opt::StrictFormats, Argument::None),
+    spec("sandbox", Opt::Sandbox, Argument::Required),
+    spec("allow-path", Opt::AllowPath, Argument::Required),
+    spec("user", Opt::User, Argument::Required),
+    spec("group", Opt::Group, Argument::Required),
 ];
 
 /// One option as it stands on the command line.
@@ -294,7 +306,7 @@ mod tests {
             (&["--help=1"], "option '--help' doesn't allow an argument"),
             (
                 &["--s"],
-                "option '--s' is ambiguous; possibilities: '--socket-path' '--socket-mode' '--state-dir' '--strict-formats'",
+                "option '--s' is ambiguous; possibilities: '--socket-path' '--socket-mode' '--state-dir' '--strict-formats' '--sandbox'",
             ),
         ] {
             assert_eq!(error(args), expected);

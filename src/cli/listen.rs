@@ -9,8 +9,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown};
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -50,6 +49,22 @@ impl Place {
             .map_err(|e| failed(format!("Failed to bind socket to {}", goal.display()), &e))?;
         self.path = goal;
         Ok(())
+    }
+}
+
+impl Place {
+    /// Gives the socket to a user and a group, as far as they are given.
+    ///
+    /// # Errors
+    /// EPERM without the right to (CAP_CHOWN), and what else the kernel says.
+    pub fn give_to(&self, (user, group): (Option<u32>, Option<u32>)) -> Result<()> {
+        lchown(&self.path, user, group)
+            .map_err(|e| failed(format!("cannot give socket {} away", self.path.display()), &e))
+    }
+
+    /// The directory that the socket is, or will be, in.
+    pub fn dir(&self) -> Option<&Path> {
+        self.path.parent()
     }
 }
 

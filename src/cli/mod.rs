@@ -5,7 +5,7 @@
 //! which they are written. Nobody is served before the last option has been processed.
 //!
 //! ```text
-//! getopt -> plan -> (daemonize) -> session -> pidfile -> publish -> serve -> READY -> signal -> STOPPING -> close
+//! getopt -> plan -> (daemonize) -> session -> pidfile -> publish -> sandbox -> serve -> READY -> signal -> STOPPING -> close
 //! ```
 #![forbid(unsafe_code)]
 
@@ -16,6 +16,7 @@ pub mod exports;
 pub mod getopt;
 pub mod help;
 pub mod listen;
+mod logging;
 pub mod objects;
 pub mod plan;
 pub mod session;
@@ -25,13 +26,14 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use daemon::{Background, Pidfile, Side};
+use daemon::{Background, Manager, Pidfile, Side};
 use help::PROGRAM;
 use plan::{Plan, Settings};
 use session::{Next, Session};
 
 use crate::err;
 use crate::error::{Error, Result};
+use crate::sandbox::{Allow, privileges};
 use crate::sys::{self, Signals};
 
 /// The signals that are waited for: the first looks at the sizes of the disks, the others end the program.
@@ -71,10 +73,14 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
             Side::Daemon(background) => Some(background),
         },
     };
-    start_logging(&settings);
+    logging::start(&settings);
     if let Err(e) = sys::raise_nofile_limit() {
         log::warn!("cannot raise the limit of open files: {e}");
     }
+    if let Err(e) = sys::raise_memlock_limit() {
+        log::warn!("cannot raise the limit of locked memory: {e}");
+    }
+    settings.identity.announce();
     // Before the first thread: threads inherit the mask.
     let signals = Signals::block(&SIGNALS).map_err(|e| err!("cannot block signals: {e}"))?;
     let mut session = Session::new();
@@ -128,17 +134,33 @@ fn serve(
     }
     // Locked before a socket of a process with the same pidfile is replaced; filled when ours is there to be used.
     *pidfile = settings.pidfile.as_deref().map(Pidfile::lock).transpose()?;
+    let numbers = settings.identity.numbers();
+    if numbers != (None, None) {
+        session.give_to(numbers)?;
+        pidfile.as_ref().map(|file| file.give_to(numbers)).transpose()?;
+    }
     session.publish()?;
     pidfile.as_mut().map(Pidfile::fill).transpose()?;
+    let manager = Manager::connect();
+    if settings.sandbox {
+        privileges::bound_capabilities();
+    }
+    settings.identity.assume().map_err(|e| err!("cannot become another user: {e}"))?;
+    if settings.sandbox {
+        let mut allow = Allow::default();
+        settings.allow.iter().for_each(|path| allow.directory(path));
+        pidfile.iter().filter_map(Pidfile::dir).for_each(|dir| allow.remove_in(dir));
+        session.confine(allow)?;
+    }
     session.serve()?;
     if let Some(background) = background {
         background.ready().map_err(|e| err!("cannot go to the background: {e}"))?;
     }
-    daemon::notify("READY=1");
+    manager.notify("READY=1");
     let signal = wait_for_end(signals, || session.look_at_storage())
         .map_err(|e| err!("cannot wait for signals: {e}"))?;
     log::info!("signal {signal}: stopping");
-    daemon::notify("STOPPING=1");
+    manager.notify("STOPPING=1");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -147,14 +169,4 @@ fn print(text: &str) -> Result<ExitCode> {
     let printed = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());
     printed.map_err(|e| Error::new(format!("cannot print: {e}")))?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Logs to the standard error: by `--log-level`, else by `RUST_LOG`, else warnings and errors.
-fn start_logging(settings: &Settings) {
-    let mut builder =
-        env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"));
-    if let Some(level) = &settings.log_level {
-        builder.parse_filters(level);
-    }
-    builder.init();
 }

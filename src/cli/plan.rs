@@ -1,12 +1,15 @@
 //! The first pass over the command line: everything that must be known before the first node is opened.
 #![forbid(unsafe_code)]
 
+use std::path::PathBuf;
+
 use super::exports::Defaults;
 use super::getopt::{GetOpt, Item, Opt};
 use super::help;
 use crate::block::print::Format;
 use crate::err;
-use crate::error::Result;
+use crate::error::{Errno, Result};
+use crate::sandbox::privileges::Identity;
 
 /// What the program is to do.
 pub enum Plan {
@@ -17,7 +20,7 @@ pub enum Plan {
 }
 
 /// Settings that do not depend on the order of the options.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Settings {
     /// All options, in order.
     pub items: Vec<Item>,
@@ -45,6 +48,41 @@ pub struct Settings {
     pub node_name: Option<Item>,
     /// `--read-only`.
     pub read_only: bool,
+    /// `--sandbox`.
+    pub sandbox: bool,
+    /// `--allow-path`, each absolute: a daemon changes its directory.
+    pub allow: Vec<PathBuf>,
+    /// `--user`.
+    pub user: Option<String>,
+    /// `--group`.
+    pub group: Option<String>,
+    /// Who these are.
+    pub identity: Identity,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            items: Vec::new(),
+            daemonize: false,
+            pidfile: None,
+            log_level: None,
+            print_graph: None,
+            exports: Defaults::default(),
+            socket_path: None,
+            fd: None,
+            blk_file: None,
+            format: None,
+            node_name: None,
+            read_only: false,
+            state_dir: None,
+            sandbox: true,
+            allow: Vec::new(),
+            user: None,
+            group: None,
+            identity: Identity::default(),
+        }
+    }
 }
 
 impl Plan {
@@ -74,6 +112,7 @@ impl Plan {
         }
         settings.exports.several = exports > 1;
         settings.check()?;
+        settings.identity = Identity::find(settings.user.as_deref(), settings.group.as_deref())?;
         Ok(Plan::Serve(Box::new(settings)))
     }
 }
@@ -98,6 +137,10 @@ impl Settings {
             Some(Opt::NodeName) => self.node_name = Some(item.clone()),
             Some(Opt::Format) => self.format = value(),
             Some(Opt::ReadOnly) => self.read_only = true,
+            Some(Opt::Sandbox) => self.sandbox = parse_switch(item.argument())?,
+            Some(Opt::AllowPath) => self.allow.push(existing(item.argument())?),
+            Some(Opt::User) => self.user = value(),
+            Some(Opt::Group) => self.group = value(),
             _ => {}
         }
         Ok(())
@@ -132,6 +175,19 @@ fn parse_mode(text: &str) -> Result<u32> {
         Ok(mode) if mode <= 0o777 && !digits.starts_with('+') => Ok(mode),
         _ => Err(err!("expected permissions in octal, such as 0660")),
     }
+}
+
+fn parse_switch(text: &str) -> Result<bool> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(err!("expected on or off")),
+    }
+}
+
+/// The absolute path of something that is there.
+fn existing(path: &str) -> Result<PathBuf> {
+    std::fs::canonicalize(path).map_err(|e| err!("{}", Errno::from(e)))
 }
 
 fn parse_format(text: Option<&str>) -> Result<Format> {

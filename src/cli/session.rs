@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +20,9 @@ use crate::block::{Graph, Node, print};
 use crate::err;
 use crate::error::Result;
 use crate::qapi::Input;
+use crate::rt::pool::pool;
+use crate::sandbox::{self, Allow};
+use crate::sys;
 use crate::vhost_user::Endpoint;
 
 /// The name of the node that `--blk-file` defines.
@@ -34,6 +38,8 @@ pub struct Session {
     exports: Exports,
     /// Nodes of exports that begin inactive, as long as the command line is processed.
     dormant: Dormant,
+    /// The files that they will open, and whether for writing.
+    later: Vec<(PathBuf, bool)>,
 }
 
 /// What comes after the command line.
@@ -53,6 +59,7 @@ impl Session {
             objects: Objects::default(),
             exports: Exports::default(),
             dormant: Dormant::default(),
+            later: Vec::new(),
         }
     }
 
@@ -64,7 +71,7 @@ impl Session {
         let strict = settings.items.iter().any(|item| item.opt == Some(Opt::StrictFormats));
         self.graph.set_strict_formats(strict);
         self.graph.set_lock_patience(LOCK_PATIENCE);
-        match state::dir(settings.state_dir.as_deref()) {
+        match state::dir(settings.state_dir.as_deref(), settings.identity.numbers().0) {
             Some(dir) => self.graph.set_state_dir(dir),
             None => log::warn!("no state directory: {}", state::WEAKER),
         }
@@ -90,6 +97,7 @@ impl Session {
             self.convention(item, settings).map_err(|e| e.prepend(format!("{}: ", item.text)))?;
         }
         // What the nodes look like is known; nothing of them stays open.
+        self.later = self.dormant.files();
         self.dormant = Dormant::default();
         Ok(Next::Serve)
     }
@@ -194,6 +202,39 @@ impl Session {
     /// If one cannot be moved there.
     pub fn publish(&mut self) -> Result<()> {
         self.exports.publish()
+    }
+
+    /// Gives the sockets to another user and group, before they have their names.
+    ///
+    /// # Errors
+    /// Without the right to.
+    pub fn give_to(&self, numbers: (Option<u32>, Option<u32>)) -> Result<()> {
+        self.exports.places().try_for_each(|place| place.give_to(numbers))
+    }
+
+    /// Enters the sandbox, with what the end of the session will take.
+    ///
+    /// # Errors
+    /// If the kernel refuses what it should allow.
+    pub fn confine(&self, mut allow: Allow) -> Result<()> {
+        let dirs = self.exports.places().filter_map(listen::Place::dir);
+        dirs.for_each(|dir| allow.remove_in(dir));
+        self.later.iter().for_each(|(path, writable)| allow.file(path, *writable));
+        // One that is not there was complained about, by who needed it.
+        match self.graph.state_dir().filter(|dir| dir.is_dir()) {
+            Some(dir) if self.later.is_empty() => allow.remove_in(dir),
+            Some(dir) => {
+                allow.directory(dir);
+                allow.file(sys::BOOT_ID, false);
+            }
+            None => {}
+        }
+        // Threads made before are not restricted; these have nothing to do yet.
+        self.graph.upkeep().pause();
+        pool().retire();
+        let entered = sandbox::enter(&allow);
+        self.graph.upkeep().resume();
+        entered
     }
 
     /// Starts to serve.

@@ -5,34 +5,37 @@
 //! never touches a running queue itself.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
 use crate::block::graph::RootUser;
 use crate::block::{Graph, Node, Op, Opener};
 use crate::error::{Errno, Result};
 use crate::mem::{GuestMap, RingLog};
 use crate::rt::{self, Inbox, Mail};
+use crate::sandbox::{self, Thread};
 use crate::vhost_user::{Device, QueueSetup};
 use crate::virtio::blk::{CONFIG_LEN, CONFIG_WCE, Geometry, SECTOR};
 use crate::virtio::feature;
-use crate::virtio::inflight::{Tracker, View};
+use crate::virtio::inflight::View;
 use crate::virtio::queue::{RingAddrs, Virtqueue};
-use crate::virtio::ring::Ring;
+use crate::virtio::track::{self, Tracking};
 
 mod active;
+mod cache;
 mod policy;
 mod queue;
-mod request;
+pub mod request;
 mod resize;
 mod worker;
 
 use active::Activation;
+use cache::Cache;
 use policy::Reports;
 pub use policy::{OnError, OnErrors};
 use queue::Queue;
@@ -75,7 +78,7 @@ struct Shared {
     geometry: Geometry,
     serial: String,
     sectors: AtomicU64,
-    writeback: AtomicBool,
+    cache: Cache,
     on_error: OnErrors,
     reports: Mutex<Reports>,
 }
@@ -86,7 +89,15 @@ impl Shared {
     }
 
     fn writeback(&self) -> bool {
-        self.writeback.load(Ordering::Relaxed)
+        self.cache.writeback()
+    }
+
+    /// The guest sends a flush to this process.
+    #[inline]
+    fn guest_flushes(&self) {
+        if self.cache.flushed() {
+            log::info!("export '{}': the guest flushes: its cache is write-back", self.id);
+        }
     }
 
     /// Logs a failed request, once: see [`Reports`].
@@ -101,13 +112,14 @@ impl Shared {
         if let Some(more) = self.may_report("stop", e) {
             let failed = self.describe(doing, e);
             log::error!("{failed}: queue {queue} waits for it to work{}", left_out(more));
+            lock(&self.reports).waits(queue);
         }
     }
 
-    /// Logs that it takes requests again.
+    /// Logs that it takes requests again, if it was logged that it did not.
     fn report_resume(&self, queue: u16) {
-        if let Some(more) = self.may_report("resume", Errno(0)) {
-            log::warn!("export '{}': queue {queue} goes on{}", self.id, left_out(more));
+        if lock(&self.reports).goes_on(queue) {
+            log::warn!("export '{}': queue {queue} goes on", self.id);
         }
     }
 
@@ -202,7 +214,7 @@ impl Export {
             geometry,
             serial: config.serial,
             sectors: AtomicU64::new(node.len() / SECTOR),
-            writeback: AtomicBool::new(!config.writethrough),
+            cache: Cache::new(!config.writethrough),
             on_error: config.on_error,
             reports: Mutex::default(),
         });
@@ -237,7 +249,7 @@ impl Export {
         }
         let count = lock(&self.state).running.len();
         for index in 0..u16::try_from(count).unwrap_or(u16::MAX) {
-            self.halt_queue(index);
+            self.halt_queue(index, false);
         }
         let workers: Vec<Worker> =
             lock(&self.state).workers.iter_mut().filter_map(Option::take).collect();
@@ -284,12 +296,26 @@ impl Export {
         flushed
     }
 
-    /// Stops a queue (drained). Where its ring would go on, if it was running.
-    fn halt_queue(&self, index: u16) -> Option<u32> {
+    /// Stops a queue, drained or as [`Queue::suspend`] has it. Where its ring would go on, if it was running.
+    fn halt_queue(&self, index: u16, suspend: bool) -> Option<u32> {
         let running = lock(&self.state).running.get(usize::from(index)).copied()?;
-        let next =
-            if running { self.command(index, |answer| Command::Stop(index, answer)) } else { None };
+        let make = |answer| match suspend {
+            false => Command::Stop(index, answer),
+            true => Command::Suspend(index, answer),
+        };
+        let next = if running { self.command(index, make) } else { None };
         lock(&self.state).running[usize::from(index)] = false;
+        next
+    }
+
+    /// [`Export::halt_queue`], and a flush after the last one.
+    fn end_queue(&self, index: u16, suspend: bool) -> Option<u32> {
+        let next = self.halt_queue(index, suspend);
+        // The guest has reset its driver, moves to another host, or is gone: what it has not flushed may stay unflushed
+        // for ever.
+        if !lock(&self.state).running.contains(&true) {
+            self.flush_stopped();
+        }
         next
     }
 
@@ -307,9 +333,12 @@ impl Export {
     fn spawn_worker(&self, at: usize) -> std::result::Result<Worker, Errno> {
         let (ready, wait) = sync_channel(1);
         let (poll_max_ns, grace) = (self.poll_max_ns, Arc::clone(self.activation.graph().grace()));
-        let thread = std::thread::Builder::new()
-            .name(format!("blk-{}-{at}", self.id()))
-            .spawn(move || worker::run(poll_max_ns, &grace, &ready))?;
+        let thread = std::thread::Builder::new().name(format!("blk-{}-{at}", self.id())).spawn(
+            move || {
+                sandbox::thread(Thread::Worker);
+                worker::run(poll_max_ns, &grace, &ready);
+            },
+        )?;
         let inbox = wait.recv().map_err(|_| Errno::EIO)??;
         Ok(Worker { inbox, thread })
     }
@@ -349,21 +378,17 @@ impl Export {
         &self,
         index: u16,
         view: View,
-        ring: &mut Ring,
-    ) -> std::result::Result<Tracker, Errno> {
-        let started = Tracker::start(view, ring.used_idx());
-        let (tracker, next) = started.map_err(|why| {
+        ring: &mut Virtqueue,
+    ) -> std::result::Result<Tracking, Errno> {
+        let tracking = Tracking::start(view, ring).map_err(|why| {
             log::warn!("export '{}': queue {index}: the in-flight region: {why}", self.id());
             Errno::EINVAL
         })?;
-        if let Some(next) = next {
-            if tracker.waiting() > 0 {
-                let n = tracker.waiting();
-                log::info!("export '{}': queue {index}: {n} requests are resubmitted", self.id());
-            }
-            ring.set_next_avail(next);
+        if tracking.waiting() > 0 {
+            let n = tracking.waiting();
+            log::info!("export '{}': queue {index}: {n} requests are resubmitted", self.id());
         }
-        Ok(tracker)
+        Ok(tracking)
     }
 }
 
@@ -386,13 +411,14 @@ impl Device for Export {
             *byte = config.get(offset.saturating_add(i)).copied().unwrap_or(0);
         }
         debug_assert_eq!(config.len(), CONFIG_LEN);
+        self.shared.cache.told();
     }
 
     fn write_config(&self, offset: usize, from: &[u8]) {
         let wce = CONFIG_WCE.checked_sub(offset).and_then(|at| from.get(at));
         if let Some(wce) = wce {
             let writeback = wce & 1 != 0;
-            if self.shared.writeback.swap(writeback, Ordering::SeqCst) && !writeback {
+            if self.shared.cache.set(writeback) && !writeback {
                 // What completed before may be volatile; from now on the driver will not flush.
                 self.flush();
             }
@@ -414,19 +440,12 @@ impl Device for Export {
             return Err(Errno::EINVAL);
         }
         let addrs = RingAddrs { desc: setup.desc, avail: setup.avail, used: setup.used };
-        let mut ring = Virtqueue::new(setup.map, addrs, setup.size, setup.base, setup.features)?;
+        let mut resumed = setup.base != cache::beginning(setup.features);
+        let base = track::base(setup.inflight.as_ref(), setup.base);
+        let mut ring = Virtqueue::new(setup.map, addrs, setup.size, base, setup.features)?;
         ring.set_log(setup.log);
-        let tracker = match (&mut ring, setup.inflight) {
-            (Virtqueue::Split(ring), Some(view)) => Some(self.track(index, view, ring)?),
-            (Virtqueue::Packed(_), Some(_)) => {
-                log::warn!(
-                    "export '{}': queue {index}: requests in flight of packed rings are not tracked yet",
-                    self.id()
-                );
-                None
-            }
-            (_, None) => None,
-        };
+        let tracker = setup.inflight.map(|view| self.track(index, view, &mut ring)).transpose()?;
+        resumed |= tracker.as_ref().is_some_and(Tracking::recovered);
         let write_through = setup.features & feature(VIRTIO_BLK_F_FLUSH) == 0;
         if write_through && index == 0 && !self.shared.geometry.read_only {
             log::info!(
@@ -435,6 +454,15 @@ impl Device for Export {
             );
         }
         let fds = [setup.kick, setup.call, setup.err];
+        if setup.features & feature(VIRTIO_BLK_F_CONFIG_WCE) != 0
+            && self.shared.cache.start(index, resumed)
+        {
+            log::info!(
+                "export '{}': the guest may think that the cache is write-through: writes are made stable until it \
+                 flushes",
+                self.id()
+            );
+        }
         let disk = (Arc::clone(&self.shared), self.root_to_run()?);
         let queue = Box::new(Queue::new(index, disk, ring, tracker, fds, write_through));
         let inbox = self.worker(index, true)?.ok_or(Errno::EIO)?;
@@ -448,13 +476,11 @@ impl Device for Export {
     }
 
     fn stop_queue(&self, index: u16) -> Option<u32> {
-        let next = self.halt_queue(index);
-        // The guest has reset its driver, moves to another host, or is gone: what it has not flushed may stay unflushed
-        // for ever.
-        if !lock(&self.state).running.contains(&true) {
-            self.flush_stopped();
-        }
-        next
+        self.end_queue(index, false)
+    }
+
+    fn suspend_queue(&self, index: u16) -> Option<u32> {
+        self.end_queue(index, true)
     }
 
     fn set_call(&self, index: u16, call: Option<OwnedFd>) {
@@ -477,7 +503,7 @@ impl Device for Export {
     }
 
     fn disconnected(&self) {
-        // `writeback` stays as the driver set it: a guest that comes back (or reads the configuration anew) sees what is true.
+        self.shared.cache.disconnected();
         self.set_features(0);
         self.flush_stopped();
         self.no_ring_runs();

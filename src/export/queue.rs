@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 
 use super::Shared;
@@ -16,9 +17,9 @@ use crate::mem::{GuestMap, RingLog, Sg};
 use crate::rt::grace::Participant;
 use crate::rt::{IOV_MAX, Reactor, Rw};
 use crate::virtio::blk::Status;
-use crate::virtio::inflight::Tracker;
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::ring::Broken;
+use crate::virtio::track::Tracking;
 
 /// The longest read of zeroes that is served on the spot, in bytes; longer ones take turns with others.
 const ZERO_MAX: u64 = 256 << 10;
@@ -32,6 +33,8 @@ enum State {
     Broken,
     /// Waiting for what is in flight; then where the ring would go on is sent.
     Stopping(SyncSender<u32>),
+    /// Likewise, but what does not come to a good end stays in flight for our successor.
+    Suspending(SyncSender<u32>),
 }
 
 /// Everything about one running queue. Owned by its worker.
@@ -43,7 +46,7 @@ pub struct Queue {
     root: Arc<Node>,
     ring: Virtqueue,
     /// Tells our successor what is in flight.
-    tracker: Option<Tracker>,
+    tracker: Option<Tracking>,
     slots: Box<[Slot]>,
     in_flight: u32,
     state: State,
@@ -58,8 +61,12 @@ pub struct Queue {
     err: Option<File>,
     /// The reactor's key for the kick descriptor.
     pub watch: Option<usize>,
+    /// Nobody waits for its requests any more: set when it is suspended.
+    cancelled: Arc<AtomicBool>,
     /// The driver does not know FLUSH: every write must be stable (VIRTIO 1.3, 5.2.6.2).
     write_through: bool,
+    /// Requests, at most, that may have been made for another process: they were there when the ring started.
+    backlog: u16,
 }
 
 /// What became of a request that was taken.
@@ -78,11 +85,13 @@ impl Queue {
         index: u16,
         (shared, root): (Arc<Shared>, Arc<Node>),
         ring: Virtqueue,
-        tracker: Option<Tracker>,
+        tracker: Option<Tracking>,
         fds: [Option<OwnedFd>; 3],
         write_through: bool,
     ) -> Queue {
         let slots = (0..ring.size()).map(|_| Slot::default()).collect();
+        // What is wrong with the ring shows when requests are taken.
+        let backlog = ring.available().unwrap_or(0);
         let [kick, call, err] = fds;
         Queue {
             index,
@@ -100,7 +109,9 @@ impl Queue {
             call: call.map(notifier),
             err: err.map(notifier),
             watch: None,
+            cancelled: Arc::default(),
             write_through,
+            backlog,
         }
     }
 
@@ -139,7 +150,7 @@ impl Queue {
     /// The number of heads to resubmit; they come before all others, also if the queue is being stopped.
     #[inline]
     fn waiting(&self) -> u16 {
-        self.tracker.as_ref().map_or(0, Tracker::waiting)
+        self.tracker.as_ref().map_or(0, Tracking::waiting)
     }
 
     /// The number of chains to take now, at most `room`.
@@ -172,7 +183,7 @@ impl Queue {
 
     #[inline]
     fn try_take(&mut self, reactor: &mut Reactor, grace: &Participant) -> Result<Started, Broken> {
-        let again = self.tracker.as_mut().and_then(Tracker::resubmit);
+        let again = self.tracker.as_mut().and_then(|t| t.resubmit(&mut self.ring));
         let head = match again {
             Some(head) => head,
             None => match self.ring.pop()? {
@@ -198,10 +209,16 @@ impl Queue {
         if again.is_none()
             && let Some(tracker) = &mut self.tracker
         {
-            tracker.taken(head);
+            tracker.taken(head, &self.ring);
         }
         if let Some(why) = slot.chain.bad {
             shared.report_malformed(self.index, why);
+        }
+        if again.is_none() {
+            if matches!(action, Action::Flush) && self.backlog == 0 {
+                self.shared.guest_flushes();
+            }
+            self.backlog = self.backlog.saturating_sub(1);
         }
         match action {
             Action::Finished(status) => self.finish(head, status),
@@ -291,6 +308,10 @@ impl Queue {
             self.finish(head, Status::Ok);
             return None;
         }
+        if self.is_suspending() {
+            self.leave_in_flight(head);
+            return None;
+        }
         let Transfer { write, offset, .. } = transfer;
         Some(self.slow(head, Action::Transfer { write, offset }))
     }
@@ -300,6 +321,7 @@ impl Queue {
         let doing = self.slots[usize::from(head)].doing;
         let status = match result {
             Ok(()) => Status::Ok,
+            Err(_) if self.is_suspending() => return self.leave_in_flight(head),
             Err(Errno::ENOTSUP) if doing.optional => Status::Unsupp,
             Err(e) => {
                 let verdict = self.shared.on_error.verdict(&doing, e);
@@ -366,6 +388,15 @@ impl Queue {
         }
     }
 
+    /// The request is nobody's here any more; the tracker says that it is in flight. What it has written to the guest's
+    /// memory may be half of the data.
+    fn leave_in_flight(&mut self, head: u16) {
+        let slot = &mut self.slots[usize::from(head)];
+        self.ring.log_written(slot.data(false));
+        (slot.busy, slot.held) = (false, false);
+        self.in_flight -= 1;
+    }
+
     #[inline]
     fn finish(&mut self, head: u16, status: Status) {
         let slot = &mut self.slots[usize::from(head)];
@@ -383,10 +414,11 @@ impl Queue {
     /// Shows the guest what is done, and notifies it if it wants that.
     #[inline]
     pub fn publish(&mut self) {
-        let notify = self.ring.publish(self.in_flight == 0);
-        if let (Some(tracker), Virtqueue::Split(ring)) = (&mut self.tracker, &self.ring) {
-            tracker.published(ring.used_idx());
-        }
+        let idle = self.in_flight == 0;
+        let notify = match &mut self.tracker {
+            Some(tracker) => tracker.publish(&mut self.ring, idle),
+            None => self.ring.publish(idle),
+        };
         if notify {
             self.notify();
         }
@@ -394,7 +426,7 @@ impl Queue {
 
     /// At the start: a predecessor may have been killed between showing the guest what is done and notifying it.
     pub fn notify_recovered(&self) {
-        if self.tracker.as_ref().is_some_and(Tracker::recovered) {
+        if self.tracker.as_ref().is_some_and(Tracking::recovered) {
             self.notify();
         }
     }
@@ -449,10 +481,40 @@ impl Queue {
         self.state = State::Stopping(answer);
     }
 
+    /// Takes no more, and gives up what can be given up: requests that are kept, that are to be resubmitted, that wait
+    /// for nobody but us or can be taken back from the kernel. They stay in flight for our successor; what is nearly done
+    /// completes. `answer` gets the ring's base when nothing of the guest's memory is in use. Without a tracker nobody would
+    /// know of them: then it is [`Queue::stop`].
+    pub fn suspend(&mut self, answer: SyncSender<u32>, reactor: &mut Reactor) {
+        let Some(tracker) = &mut self.tracker else { return self.stop(answer) };
+        tracker.give_up();
+        self.state = State::Suspending(answer);
+        self.cancelled.store(true, Ordering::Relaxed);
+        for (head, _) in self.retry() {
+            self.leave_in_flight(head);
+        }
+        for (head, slot) in (0..).zip(&self.slots) {
+            if slot.transfer.is_some() {
+                reactor.cancel(payload(self.index, head));
+            }
+        }
+    }
+
+    fn is_suspending(&self) -> bool {
+        matches!(self.state, State::Suspending(_))
+    }
+
+    /// Whether nobody waits for the queue's requests any more.
+    pub fn cancelled(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.cancelled)
+    }
+
     /// If the queue is being stopped and nothing is in flight: who waits, and the ring's base.
     pub fn stopped(&self) -> Option<(&SyncSender<u32>, u32)> {
         match &self.state {
-            State::Stopping(answer) if self.in_flight == 0 && self.waiting() == 0 => {
+            State::Stopping(answer) | State::Suspending(answer)
+                if self.in_flight == 0 && self.waiting() == 0 =>
+            {
                 Some((answer, self.ring.base()))
             }
             _ => None,

@@ -20,7 +20,7 @@ use crate::error::Errno;
 use crate::mem::{GuestMap, RingLog, sigbus};
 use crate::rt::grace::{Domain, Participant};
 use crate::rt::poll::Policy;
-use crate::rt::{Event, Inbox, Installed, Runtime, WaitKind, best_wait_kind};
+use crate::rt::{self, Event, Inbox, Installed, Runtime, WaitKind, best_wait_kind};
 
 /// Requests of one worker in the kernel at once; more wait in their rings.
 const IN_FLIGHT_MAX: usize = 4096;
@@ -42,6 +42,8 @@ pub enum Command {
     Start(Box<Queue>, SyncSender<()>),
     /// Stop this queue: drain, then answer its ring's base.
     Stop(u16, SyncSender<u32>),
+    /// Stop this queue at once, see [`Queue::suspend`]; then answer its ring's base.
+    Suspend(u16, SyncSender<u32>),
     /// Replace a queue's call descriptor.
     SetCall(u16, Option<OwnedFd>, SyncSender<()>),
     /// Replace a queue's error descriptor.
@@ -102,7 +104,7 @@ pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<
         grace: Participant::new(grace),
         queues: Vec::new(),
         policy: Policy::new(poll_max_ns),
-        processors: std::thread::available_parallelism().map_or(1, usize::from),
+        processors: crate::sys::processors(),
         events: Vec::with_capacity(1024),
         done: Rc::default(),
         slow_bytes: 0,
@@ -178,7 +180,7 @@ impl Worker {
                     Some(Started::Fast) => {}
                     Some(Started::Slow(head, slow)) => {
                         self.slow_bytes += slow.weight();
-                        spawn(&self.rt, &self.done, payload(q.index, head), slow);
+                        spawn(&self.rt, &self.done, q, head, slow);
                     }
                     Some(Started::Nothing) | None => break,
                 }
@@ -210,7 +212,7 @@ impl Worker {
                 && let Some(slow) = q.fast_done(head, result, &self.grace)
             {
                 self.slow_bytes += slow.weight();
-                spawn(&self.rt, &self.done, token, slow);
+                spawn(&self.rt, &self.done, q, head, slow);
             }
         }
         for (token, slow, result) in self.done.borrow_mut().drain(..) {
@@ -242,7 +244,7 @@ impl Worker {
         for q in self.queues.iter_mut().filter(|q| which(q)) {
             for (head, slow) in q.retry() {
                 self.slow_bytes += slow.weight();
-                spawn(&self.rt, &self.done, payload(q.index, head), slow);
+                spawn(&self.rt, &self.done, q, head, slow);
             }
         }
     }
@@ -275,6 +277,12 @@ impl Worker {
             Command::Stop(i, answer) => {
                 if let Some(q) = queue(&mut self.queues, i) {
                     q.stop(answer);
+                }
+            }
+            Command::Suspend(i, answer) => {
+                if let Some(q) = queue(&mut self.queues, i) {
+                    q.suspend(answer, &mut self.rt.reactor.borrow_mut());
+                    self.rt.wake_sleepers();
                 }
             }
             Command::SetCall(i, fd, done) => {
@@ -395,10 +403,15 @@ fn queue(queues: &mut [Queue], index: u16) -> Option<&mut Queue> {
     queues.iter_mut().find(|q| q.index == index)
 }
 
-fn spawn(rt: &Runtime, done: &Done, token: u64, slow: Slow) {
-    let done = Rc::clone(done);
+/// A task for `slow`, which is what the chain `head` of `q` asks for.
+fn spawn(rt: &Runtime, done: &Done, q: &Queue, head: u16, slow: Slow) {
+    let (done, token, cancelled) = (Rc::clone(done), payload(q.index, head), q.cancelled());
     rt.spawn(async move {
-        let result = slow.run().await;
+        let result = if cancelled.load(Ordering::Relaxed) {
+            Err(Errno::ECANCELED)
+        } else {
+            rt::cancellable(cancelled, slow.run()).await
+        };
         done.borrow_mut().push((token, slow, result));
     });
 }

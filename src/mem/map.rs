@@ -92,6 +92,19 @@ impl Region {
         self.guard.as_ref().is_some_and(Guard::is_lost)
     }
 
+    /// Memory of no file: Miri knows no other.
+    #[cfg(test)]
+    pub(crate) fn anonymous(guest_addr: u64, user_addr: u64, size: u64) -> Region {
+        let mapping_len = usize::try_from(size).expect("64-bit hosts only");
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE);
+        let flags = flags | libc::MAP_ANONYMOUS;
+        // SAFETY: a fresh mapping at an address of the kernel's choice; no Rust object lives there.
+        let mapping = unsafe { libc::mmap(std::ptr::null_mut(), mapping_len, prot, flags, -1, 0) };
+        assert_ne!(mapping, libc::MAP_FAILED, "{}", Errno::last());
+        let host = mapping.cast();
+        Region { guest_addr, user_addr, size, host, mapping, mapping_len, guard: None }
+    }
+
     /// As if nobody guarded it.
     #[cfg(test)]
     pub(super) fn unguard(&mut self) {
@@ -221,5 +234,41 @@ impl GuestMap {
         })?;
         let at = r.host.wrapping_add(usize::try_from(user_addr - r.user_addr).ok()?);
         at.addr().is_multiple_of(align).then_some(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::{FromRawFd, OwnedFd};
+
+    use super::*;
+
+    /// Needs no huge page: none is touched. A wrong length would not be unmapped, either.
+    #[test]
+    fn mappings_of_huge_pages_are_of_whole_ones() {
+        const NAME: &str = "map-rs-huge";
+        const HUGE: u64 = 2 << 20;
+        let flags = libc::MFD_CLOEXEC | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+        // SAFETY: the name is a C string.
+        let fd = unsafe { libc::memfd_create(c"map-rs-huge".as_ptr(), flags) };
+        assert!(fd >= 0, "{}", Errno::last());
+        // SAFETY: a new descriptor that nobody else owns.
+        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        file.set_len(4 * HUGE).unwrap();
+        let mapped = || {
+            let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+            maps.lines().filter(|line| line.contains(NAME)).count()
+        };
+        for (offset, size, pages) in
+            [(0, HUGE, 1), (HUGE + 512, 4096, 1), (HUGE - 1, 2, 2), (4096, 3 * HUGE, 4)]
+        {
+            let region = Region::map(&file, 0, 0, size, offset).unwrap();
+            assert_eq!(region.mapping_len as u64, pages * HUGE, "{size} bytes at {offset}");
+            assert_eq!((region.host.addr() - region.mapping.addr()) as u64, offset % HUGE);
+            assert_eq!(mapped(), 1);
+            drop(region);
+            assert_eq!(mapped(), 0, "{size} bytes at {offset}");
+        }
     }
 }

@@ -17,6 +17,7 @@ use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -35,7 +36,7 @@ pub mod grace;
 mod inline;
 mod mailbox;
 pub mod poll;
-mod pool;
+pub mod pool;
 mod reactor;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
@@ -336,6 +337,12 @@ impl Runtime {
             || self.next_due().is_some_and(|due| due <= Instant::now())
     }
 
+    /// All who sleep wake up and look whether they have been cancelled; if not, they sleep on.
+    pub fn wake_sleepers(&self) {
+        let timers = self.timers.take();
+        timers.into_iter().for_each(|Reverse(t)| t.waker.wake());
+    }
+
     fn next_due(&self) -> Option<Instant> {
         self.timers.borrow().peek().map(|Reverse(t)| t.due)
     }
@@ -502,6 +509,37 @@ pub async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static)
     Operation::submit(|r, op| r.submit_call(op, call)).await;
     let value = place.lock().expect("no holder panics").take();
     value.expect("the call has returned")
+}
+
+thread_local! {
+    /// Nobody waits for the task that runs now any more.
+    static CANCELLED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `task`; once `cancelled` is set, [`sleep_unless_cancelled`] in it ends. Everything else goes its way: what the
+/// kernel has of a task's memory must come back.
+pub async fn cancellable<T>(cancelled: Arc<AtomicBool>, task: impl Future<Output = T>) -> T {
+    let mut task = pin!(task);
+    std::future::poll_fn(|cx| {
+        let before = CANCELLED.replace(cancelled.load(Ordering::Relaxed));
+        let result = task.as_mut().poll(cx);
+        CANCELLED.set(before);
+        result
+    })
+    .await
+}
+
+/// Waits for `time`.
+///
+/// # Errors
+/// ECANCELED if nobody waits for the task any more, see [`cancellable`] and [`Runtime::wake_sleepers`].
+pub async fn sleep_unless_cancelled(time: Duration) -> Result<(), Errno> {
+    let mut sleeping = pin!(sleep(time));
+    std::future::poll_fn(|cx| match sleeping.as_mut().poll(cx) {
+        _ if CANCELLED.get() => Poll::Ready(Err(Errno::ECANCELED)),
+        ended => ended.map(Ok),
+    })
+    .await
 }
 
 /// Waits for `time`.
@@ -719,6 +757,62 @@ mod tests {
             })
             .collect();
         threads.into_iter().for_each(|t| t.join().unwrap());
+    }
+
+    /// A read that nothing would end: cancelled, it ends. One that ends by itself meanwhile, does.
+    #[test]
+    fn requests_in_the_kernel_are_cancelled() {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let file = File::new(reader.into(), Engine::IoUring, 1, 1);
+        let rt = Runtime::install(WaitKind::Uring).unwrap();
+        let buffers = [Buffer::new(512, 1), Buffer::new(512, 1)];
+        let iovs = buffers.each_ref().map(|b| [b.iovec()]);
+        let mut events = Vec::new();
+        let mut reactor = rt.reactor.borrow_mut();
+        for (iov, n) in iovs.iter().zip(0..) {
+            // SAFETY: file, array and buffer live until both have been answered.
+            let rw = unsafe { Rw::new(&file, false, iov, 0, false) };
+            reactor.submit(&file, &rw, n);
+            reactor.flush();
+        }
+        reactor.cancel(1);
+        while events.is_empty() {
+            reactor.wait(None);
+            reactor.reap(&mut events);
+        }
+        assert_eq!(events, [Event::Done(1, -libc::ECANCELED)]);
+        std::io::Write::write_all(&mut writer, &[7; 512]).unwrap();
+        while events.len() < 2 {
+            reactor.wait(None);
+            reactor.reap(&mut events);
+        }
+        assert_eq!(events[1], Event::Done(0, 512));
+        // Nobody is there: nothing happens.
+        reactor.cancel(0);
+        reactor.flush();
+        reactor.reap(&mut events);
+        assert_eq!((events.len(), reactor.in_flight()), (2, 0));
+    }
+
+    #[test]
+    fn only_cancelled_sleepers_wake_early() {
+        let ended = Rc::new(RefCell::new(Vec::new()));
+        block_on(async {
+            let flags = [0, 1].map(|_| Arc::new(AtomicBool::new(false)));
+            for (i, flag) in flags.iter().enumerate() {
+                let (flag, ended) = (Arc::clone(flag), Rc::clone(&ended));
+                let time = Duration::from_secs(if i == 0 { 3600 } else { 0 });
+                let time = time + Duration::from_millis(20);
+                current().spawn(async move {
+                    let result = cancellable(flag, sleep_unless_cancelled(time)).await;
+                    ended.borrow_mut().push((i, result));
+                });
+            }
+            sync::give_way().await;
+            flags[0].store(true, Ordering::Relaxed);
+            current().wake_sleepers();
+        });
+        assert_eq!(*ended.borrow(), [(0, Err(Errno::ECANCELED)), (1, Ok(()))]);
     }
 
     #[test]

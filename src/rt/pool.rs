@@ -11,6 +11,7 @@ use std::time::Duration;
 use super::mailbox::Mail;
 use super::{Inbox, Rw};
 use crate::error::Errno;
+use crate::sandbox::{self, Thread};
 
 /// QEMU's default for `thread-pool-max`.
 const THREADS_MAX: usize = 64;
@@ -37,6 +38,8 @@ struct State {
     jobs: VecDeque<Job>,
     threads: usize,
     idle: usize,
+    /// Idle threads leave at once.
+    retiring: bool,
 }
 
 /// The process's pool.
@@ -57,6 +60,7 @@ impl Pool {
     pub fn push(&'static self, job: Job) {
         let mut state = self.state.lock().expect("no holder panics");
         state.jobs.push_back(job);
+        state.retiring = false;
         if state.idle >= state.jobs.len() {
             self.work.notify_one();
             return;
@@ -65,7 +69,10 @@ impl Pool {
             let spawned = std::thread::Builder::new()
                 .name("blk-pool".into())
                 .stack_size(256 << 10)
-                .spawn(move || self.run());
+                .spawn(move || {
+                    sandbox::thread(Thread::Pool);
+                    self.run();
+                });
             match spawned {
                 Ok(_) => state.threads += 1,
                 // With at least one thread the job waits its turn; without any it must be done here and now.
@@ -80,6 +87,12 @@ impl Pool {
         }
     }
 
+    /// Lets all idle threads go, now instead of later; those that come after a [`Pool::push`] stay. Does not wait for them.
+    pub fn retire(&self) {
+        self.state.lock().expect("no holder panics").retiring = true;
+        self.work.notify_all();
+    }
+
     fn run(&self) {
         let mut state = self.state.lock().expect("no holder panics");
         loop {
@@ -89,11 +102,15 @@ impl Pool {
                 state = self.state.lock().expect("no holder panics");
                 continue;
             }
+            if state.retiring {
+                state.threads -= 1;
+                return;
+            }
             state.idle += 1;
             let (back, timeout) = self.work.wait_timeout(state, IDLE).expect("no holder panics");
             state = back;
             state.idle -= 1;
-            if timeout.timed_out() && state.jobs.is_empty() {
+            if (timeout.timed_out() || state.retiring) && state.jobs.is_empty() {
                 state.threads -= 1;
                 return;
             }

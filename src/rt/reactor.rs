@@ -143,6 +143,17 @@ impl Reactor {
         }
     }
 
+    /// Nobody needs the answer of the request made with [`Reactor::submit`] and `payload` any more: it comes soon, ECANCELED
+    /// or another, if it is in an io_uring and the kernel can let it go. Others come when they are done.
+    pub fn cancel(&mut self, payload: u64) {
+        let token = token(Kind::Fast, payload);
+        if let Wait::Uring(ring) = &mut self.wait
+            && ring.cancel(token, super::token(Kind::Ignored, 0))
+        {
+            self.finished.push((token, -libc::ECANCELED));
+        }
+    }
+
     fn do_inline(&mut self, file: &File, rw: &Rw, token: u64) {
         let start = Instant::now();
         let result = rw.call();

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::RawFd;
 use std::time::Duration;
 
-use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue, types};
+use io_uring::{EnterFlags, IoUring, cqueue, opcode, register::Restriction, squeue, types};
 
 use super::Rw;
 use crate::error::Errno;
@@ -15,6 +15,17 @@ const SQ_ENTRIES: u32 = 256;
 const CQ_ENTRIES: u32 = 8192;
 /// Requests in the kernel at once; more wait in a queue of ours, so completions cannot overflow.
 const IN_KERNEL_MAX: usize = 4096;
+
+/// All operations that this file makes. The ring takes no others, whoever gets hold of it: what it does passes by seccomp.
+const OPERATIONS: [u8; 7] = [
+    opcode::Read::CODE,
+    opcode::Write::CODE,
+    opcode::Readv::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+    opcode::PollAdd::CODE,
+    opcode::AsyncCancel::CODE,
+];
 
 /// One io_uring.
 pub struct Uring {
@@ -32,7 +43,7 @@ impl Uring {
     /// # Errors
     /// ENOSYS, EPERM (seccomp, `kernel.io_uring_disabled`), ENOMEM: use epoll then.
     pub fn new() -> Result<Uring, Errno> {
-        let build = |defer: bool| {
+        let build = |defer: bool, restrict: bool| {
             let mut b = IoUring::builder();
             b.setup_cqsize(CQ_ENTRIES).setup_clamp();
             if defer {
@@ -40,10 +51,21 @@ impl Uring {
                 // there is some while we spin (measured with contrib/bench against COOP_TASKRUN and none).
                 b.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
             }
-            b.build(SQ_ENTRIES)
+            if restrict {
+                b.setup_r_disabled();
+            }
+            let ring = b.build(SQ_ENTRIES)?;
+            if restrict {
+                let mut operations = OPERATIONS.map(Restriction::sqe_op);
+                ring.submitter().register_restrictions(&mut operations)?;
+                ring.submitter().register_enable_rings()?;
+            }
+            Ok(ring)
         };
-        // Kernels before 6.1 do not know DEFER_TASKRUN.
-        let ring = build(true).or_else(|_| build(false)).map_err(Errno::from)?;
+        // Kernels before 6.1 do not know DEFER_TASKRUN, those before 5.10 no restrictions.
+        let ring: std::io::Result<IoUring> =
+            build(true, true).or_else(|_| build(false, true)).or_else(|_| build(false, false));
+        let ring = ring.map_err(Errno::from)?;
         if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
             return Err(Errno::ENOTSUP);
         }
@@ -109,6 +131,17 @@ impl Uring {
     pub fn remove_poll(&mut self, token: u64, ignored: u64) {
         // Not PollRemove: that one leaves a poll alone whose event is on its way (EALREADY).
         self.push_entry(opcode::AsyncCancel::new(token).build().user_data(ignored), false);
+    }
+
+    /// Asks the kernel to give up the request with `token`, which is answered in any case; the answer to this itself carries
+    /// `ignored`. Whether the kernel never had it: then there is no answer.
+    pub fn cancel(&mut self, token: u64, ignored: u64) -> bool {
+        if let Some(at) = self.waiting.iter().position(|e| e.get_user_data() == token) {
+            self.waiting.remove(at);
+            return true;
+        }
+        self.push_entry(opcode::AsyncCancel::new(token).build().user_data(ignored), false);
+        false
     }
 
     /// One `io_uring_enter`: submits what is queued, runs completion work, waits for `want` completions at most
@@ -186,5 +219,29 @@ impl Uring {
         } else {
             self.submit();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_operations_are_refused() {
+        let mut ring = Uring::new().unwrap();
+        let (open, nop) = (
+            opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), c"/dev/null".as_ptr()).build(),
+            opcode::Nop::new().build(),
+        );
+        for entry in [open, nop] {
+            ring.push_entry(entry.user_data(1 << 63), false);
+            ring.wait(None);
+            let mut results = Vec::new();
+            ring.reap(|_, result, _| results.push(result));
+            assert_eq!(results, [-libc::EACCES]);
+        }
+        assert!(ring.ring.submitter().register_enable_rings().is_err());
+        let mut more = [Restriction::sqe_op(opcode::Nop::CODE)];
+        assert!(ring.ring.submitter().register_restrictions(&mut more).is_err());
     }
 }

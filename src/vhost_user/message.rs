@@ -73,6 +73,8 @@ bitflags::bitflags! {
         const STATUS = 1 << 16;
         /// SET_DEVICE_STATE_FD, CHECK_DEVICE_STATE.
         const DEVICE_STATE = 1 << 19;
+        /// GET_VRING_BASE leaves requests in flight rather than waiting for them.
+        const GET_VRING_BASE_INFLIGHT = 1 << 20;
     }
 }
 

@@ -48,8 +48,7 @@ pub struct QueueSetup {
     pub used: u64,
     /// Where it goes on, as [`Virtqueue::base`](crate::virtio::queue::Virtqueue::base) has it.
     pub base: u32,
-    /// Where the requests in flight of a split ring are kept for our successor; if it has been used, it knows better than
-    /// `base`.
+    /// Where the requests in flight are kept for our successor; if it has been used, it knows better than `base`.
     pub inflight: Option<View>,
     /// The features that the driver accepted (device and ring bits).
     pub features: u64,
@@ -85,6 +84,11 @@ pub trait Device: Send + Sync {
     /// Stops a ring: takes no new request, waits for those in flight, publishes them. Answers where it would go on (as
     /// [`QueueSetup::base`]); `None` if it did not run. Afterwards no byte of guest memory is touched on its behalf.
     fn stop_queue(&self, index: u16) -> Option<u32>;
+    /// Stops a ring as [`Device::stop_queue`] does, but at once: requests that are not nearly done stay as they are in
+    /// [`QueueSetup::inflight`], for the next start. Where there is none, or for a device that cannot, it is the same.
+    fn suspend_queue(&self, index: u16) -> Option<u32> {
+        self.stop_queue(index)
+    }
     /// A message has been handled, and no ring runs; its answer goes out afterwards. A ring that only moves does not come by
     /// here between its stop and its start.
     fn no_ring_runs(&self) {}

@@ -18,6 +18,7 @@ use super::Device;
 use super::notify::ConfigChange;
 use super::session::Session;
 use super::socket::{self, Channel, Woken};
+use crate::sandbox;
 
 /// How long to wait after an `accept` that failed for want of something (EMFILE, ENOMEM), in milliseconds: long enough
 /// not to burn a core, short enough for a front end that retries each 100 ms.
@@ -65,6 +66,7 @@ impl Server {
             name,
         };
         let thread = thread::Builder::new().name("vhost-user".into()).spawn(move || {
+            sandbox::thread(sandbox::Thread::Session);
             match endpoint {
                 Endpoint::Listener(listener) => served.accept_all(&listener),
                 Endpoint::Connected(stream) => served.serve(stream),

@@ -3,8 +3,6 @@
 //! Every request is handled to its end before the next is read, and its answer goes out after its effect: what
 //! GET_VRING_BASE, SET_VRING_ENABLE 0, a reset or REM_MEM_REG promise about the guest's memory holds when the front
 //! end reads the answer. Sections named are those of the "Vhost-user Protocol" document.
-//!
-//! GET_VRING_BASE_INFLIGHT has its place in [`OFFERED`] and in [`Session::handle`].
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -26,7 +24,7 @@ use crate::mem::{DirtyLog, GuestMap, RingLog};
 use crate::virtio::queue::{is_packed, is_size};
 
 /// The protocol features offered. QEMU acknowledges every one that it knows, without asking whether it can serve it:
-/// INBAND_NOTIFICATIONS must never stand here. To come: bit 20.
+/// INBAND_NOTIFICATIONS must never stand here.
 pub(super) const OFFERED: Protocol = Protocol::MQ
     .union(Protocol::LOG_SHMFD)
     .union(Protocol::REPLY_ACK)
@@ -36,7 +34,8 @@ pub(super) const OFFERED: Protocol = Protocol::MQ
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::CONFIGURE_MEM_SLOTS)
     .union(Protocol::STATUS)
-    .union(Protocol::DEVICE_STATE);
+    .union(Protocol::DEVICE_STATE)
+    .union(Protocol::GET_VRING_BASE_INFLIGHT);
 
 /// Feature bits that are not the device's.
 const OWN: u64 = VHOST_USER_F_PROTOCOL_FEATURES | VHOST_F_LOG_ALL;
@@ -226,7 +225,10 @@ impl<'a> Session<'a> {
             SET_VRING_CALL => self.set_call(m)?,
             SET_VRING_ERR => self.set_err(m)?,
 
-            SET_INFLIGHT_FD => self.inflight = Some(Area::map(m.inflight()?, m.take_fd()?)?),
+            SET_INFLIGHT_FD => {
+                let packed = self.is_packed();
+                self.inflight = Some(Area::map(m.inflight()?, packed, m.take_fd()?)?);
+            }
 
             _ => return Err(err!("not supported")),
         }
@@ -332,14 +334,12 @@ impl Session<'_> {
     }
 
     /// GET_INFLIGHT_FD. It says nothing about the rings of now: SET_INFLIGHT_FD gives the memory back. Has no way to fail
-    /// but a region of no bytes: what packed rings get, whose requests are not tracked. QEMU then does without.
+    /// but a region of no bytes; QEMU then does without. Both real front ends negotiate features first, so that it is known
+    /// what kind of rings it is for.
     fn get_inflight(&mut self, m: &Message) -> Answer {
-        if self.is_packed() {
-            self.warn("GET_INFLIGHT_FD: requests of packed rings are not tracked");
-            return Answer::Inflight(InflightDesc::default(), None);
-        }
         let (queues, size_max) = (queue(self.rings.len()), self.device.max_queue_size());
-        match m.inflight().and_then(|asked| inflight::create(asked, queues, size_max)) {
+        let packed = self.is_packed();
+        match m.inflight().and_then(|asked| inflight::create(asked, packed, queues, size_max)) {
             Ok((desc, fd)) => Answer::Inflight(desc, Some(fd)),
             Err(e) => {
                 self.warn(&format!("GET_INFLIGHT_FD: {e}"));
@@ -494,7 +494,8 @@ impl Session<'_> {
         }
         let fail = |e: &dyn std::fmt::Display| err!("queue {i}: cannot start: {e}");
         let mut setup = ring.setup(&self.map, features, log).map_err(|e| fail(&e))?;
-        setup.inflight = self.inflight.as_ref().and_then(|area| area.view(queue(i), ring.size));
+        let area = self.inflight.as_ref();
+        setup.inflight = area.and_then(|area| area.view(queue(i), ring.size, packed));
         if setup.inflight.is_none() && self.inflight.is_some() {
             log::warn!("{}: queue {i}: no place in the in-flight region", self.name);
         }
@@ -518,9 +519,24 @@ impl Session<'_> {
 
     /// Stops ring `i` if it runs: no request is in flight afterwards, and the ring knows where to go on.
     fn halt(&mut self, i: usize) {
+        self.end(i, |device, queue| device.stop_queue(queue));
+    }
+
+    /// Stops ring `i` for a front end that asked for that: as [`Session::halt`], or, if GET_VRING_BASE_INFLIGHT is
+    /// negotiated, at once; then requests may stay in the in-flight region, and no memory of the guest's is in use. That
+    /// feature is about GET_VRING_BASE, but QEMU disables all rings before, and would wait there.
+    fn pause(&mut self, i: usize) {
+        if self.protocol.contains(Protocol::GET_VRING_BASE_INFLIGHT) {
+            self.end(i, |device, queue| device.suspend_queue(queue));
+        } else {
+            self.halt(i);
+        }
+    }
+
+    fn end(&mut self, i: usize, stop: impl FnOnce(&dyn Device, u16) -> Option<u32>) {
         let ring = &mut self.rings[i];
         if std::mem::take(&mut ring.running) {
-            match self.device.stop_queue(queue(i)) {
+            match stop(self.device, queue(i)) {
                 Some(base) => ring.base = Some(base),
                 None => self.warn(&format!("queue {i}: it had stopped by itself")),
             }
@@ -539,6 +555,7 @@ impl Session<'_> {
 
     fn get_base(&mut self, state: VringState) -> Result<Answer> {
         let i = self.ring(state.index)?;
+        self.pause(i);
         self.stop(i);
         let num = self.rings[i].base(self.is_packed());
         Ok(Answer::State(VringState { index: state.index, num }))
@@ -606,7 +623,7 @@ impl Session<'_> {
         let i = self.ring(state.index)?;
         match state.num {
             0 => {
-                self.halt(i);
+                self.pause(i);
                 self.rings[i].enabled = false;
                 Ok(())
             }

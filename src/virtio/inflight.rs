@@ -1,5 +1,4 @@
-//! What is in flight, in memory that outlives the process: one split queue's part of the region of the vhost-user
-//! document's "Inflight I/O tracking".
+//! What is in flight, in memory that outlives the process: the region of the vhost-user document's "Inflight I/O tracking".
 //!
 //! The front end keeps the memory and gives it to our successor, which resubmits what was in flight when we died. Two
 //! things follow. It is hostile, as a ring is: every field is read once and checked, and what we wrote is never
@@ -16,28 +15,38 @@
 //!   batch begun and a head taken, so the list is whole and no cleared head is a new one.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use crate::mem::Region;
 
-/// The version of the layout. 0 is memory that nobody has used yet.
-const VERSION: u16 = 1;
+/// The version of both layouts. 0 is memory that nobody has used yet.
+pub(super) const VERSION: u16 = 1;
 /// Bytes before the array: features u64, version, desc_num, last_batch_head, used_idx u16.
-const HEADER: u64 = 16;
+const HEADER: usize = 16;
 /// Bytes of one element: inflight u8, padding, next u16 at 6, counter u64 at 8.
-const DESC: u64 = 16;
+const DESC: usize = 16;
 /// Queues' parts begin at multiples of this: a cache line, as libvhost-user has it.
 const ALIGN: u64 = 64;
 
-const FEATURES_AT: usize = 0;
-const VERSION_AT: usize = 8;
-const DESC_NUM_AT: usize = 10;
+pub(super) const FEATURES_AT: usize = 0;
+pub(super) const VERSION_AT: usize = 8;
+pub(super) const DESC_NUM_AT: usize = 10;
 const LAST_BATCH_HEAD_AT: usize = 12;
 const USED_IDX_AT: usize = 14;
 
+/// Bytes that the part of one queue of `size` entries uses.
+fn used_len(size: u16, packed: bool) -> u64 {
+    let (header, desc) = if packed { packed_layout() } else { (HEADER, DESC) };
+    (header + desc * usize::from(size)) as u64
+}
+
+fn packed_layout() -> (usize, usize) {
+    (super::inflight_packed::HEADER, super::inflight_packed::DESC)
+}
+
 /// Bytes of the part of one queue of `size` entries.
-pub fn part_len(size: u16) -> u64 {
-    (HEADER + DESC * u64::from(size)).next_multiple_of(ALIGN)
+pub fn part_len(size: u16, packed: bool) -> u64 {
+    used_len(size, packed).next_multiple_of(ALIGN)
 }
 
 /// The part of one queue. It is nobody's Rust object: atomics only.
@@ -45,7 +54,10 @@ pub struct View {
     /// Keeps it mapped.
     _region: Arc<Region>,
     base: *mut u8,
+    /// Bytes from `base` on.
+    len: usize,
     size: u16,
+    packed: bool,
 }
 
 // SAFETY: a view points into memory that its region keeps mapped; all access is atomic.
@@ -54,43 +66,72 @@ unsafe impl Send for View {}
 impl View {
     /// The part that starts `offset` bytes into `region`, for a ring of `size` entries. `None` if it does not lie in there or
     /// not at a multiple of 8.
-    pub fn new(region: Arc<Region>, offset: u64, size: u16) -> Option<View> {
-        let end = offset.checked_add(HEADER + DESC * u64::from(size))?;
+    pub fn new(region: Arc<Region>, offset: u64, size: u16, packed: bool) -> Option<View> {
+        let len = used_len(size, packed);
+        let end = offset.checked_add(len)?;
         let base = region.host().wrapping_add(usize::try_from(offset).ok()?);
         let fits = end <= region.size && base.addr().is_multiple_of(8);
-        fits.then_some(View { _region: region, base, size })
+        let len = usize::try_from(len).ok()?;
+        fits.then_some(View { _region: region, base, len, size, packed })
     }
 
-    fn u16(&self, at: usize) -> &AtomicU16 {
-        debug_assert!(at < usize::try_from(HEADER).expect("a small number"));
-        // SAFETY: callers pass a header field's offset; `new` checked the header's place, and all are 2-aligned.
-        unsafe { AtomicU16::from_ptr(self.base.add(at).cast()) }
+    /// Entries of its ring.
+    pub(super) fn size(&self) -> u16 {
+        self.size
     }
 
-    fn features(&self) -> &AtomicU64 {
-        // SAFETY: as above; it is 8-aligned.
-        unsafe { AtomicU64::from_ptr(self.base.add(FEATURES_AT).cast()) }
+    /// Whether it is laid out for a packed ring.
+    pub(super) fn is_packed(&self) -> bool {
+        self.packed
     }
 
-    fn desc(&self, head: u16) -> *mut u8 {
-        assert!(head < self.size, "the ring has checked its heads");
-        // SAFETY: `new` checked that `size` elements lie in the region.
-        unsafe { self.base.add(usize::from(head) * 16 + 16) }
+    /// Whether a back end has used it.
+    pub(super) fn is_used(&self) -> bool {
+        self.u16(VERSION_AT).load(Ordering::Acquire) != 0
+    }
+
+    /// Where a `T` lies, `at` bytes on.
+    #[inline]
+    fn place<T>(&self, at: usize) -> *mut T {
+        let len = size_of::<T>();
+        assert!(at + len <= self.len && at.is_multiple_of(len), "a field of the layout");
+        self.base.wrapping_add(at).cast()
+    }
+
+    #[inline]
+    pub(super) fn u8(&self, at: usize) -> &AtomicU8 {
+        // SAFETY: `place` checked that it lies in the part, which the region keeps mapped.
+        unsafe { AtomicU8::from_ptr(self.place(at)) }
+    }
+
+    #[inline]
+    pub(super) fn u16(&self, at: usize) -> &AtomicU16 {
+        // SAFETY: as above; it is aligned, for `base` is to 8.
+        unsafe { AtomicU16::from_ptr(self.place(at)) }
+    }
+
+    #[inline]
+    pub(super) fn u32(&self, at: usize) -> &AtomicU32 {
+        // SAFETY: as above.
+        unsafe { AtomicU32::from_ptr(self.place(at)) }
+    }
+
+    #[inline]
+    pub(super) fn u64(&self, at: usize) -> &AtomicU64 {
+        // SAFETY: as above.
+        unsafe { AtomicU64::from_ptr(self.place(at)) }
     }
 
     fn inflight(&self, head: u16) -> &AtomicU8 {
-        // SAFETY: the first byte of an element.
-        unsafe { AtomicU8::from_ptr(self.desc(head)) }
+        self.u8(HEADER + DESC * usize::from(head))
     }
 
     fn next(&self, head: u16) -> &AtomicU16 {
-        // SAFETY: bytes 6 and 7 of an element, which is 8-aligned.
-        unsafe { AtomicU16::from_ptr(self.desc(head).add(6).cast()) }
+        self.u16(HEADER + DESC * usize::from(head) + 6)
     }
 
     fn counter(&self, head: u16) -> &AtomicU64 {
-        // SAFETY: the second half of an element, which is 8-aligned.
-        unsafe { AtomicU64::from_ptr(self.desc(head).add(8).cast()) }
+        self.u64(HEADER + DESC * usize::from(head) + 8)
     }
 }
 
@@ -99,9 +140,10 @@ macro_rules! store {
     ($field:expr, $value:expr) => {{
         $field.store($value, Ordering::Release);
         #[cfg(test)]
-        tests::killed_here();
+        $crate::virtio::inflight::tests::killed_here();
     }};
 }
+pub(super) use store;
 
 /// Keeps one queue's part while the queue runs.
 pub struct Tracker {
@@ -138,7 +180,7 @@ impl Tracker {
 
     fn fresh(view: View, used_idx: u16) -> Tracker {
         (0..view.size).for_each(|head| store!(view.inflight(head), 0));
-        store!(view.features(), 0);
+        store!(view.u64(FEATURES_AT), 0);
         store!(view.u16(DESC_NUM_AT), view.size);
         store!(view.u16(LAST_BATCH_HEAD_AT), 0);
         store!(view.u16(USED_IDX_AT), used_idx);
@@ -231,4 +273,4 @@ impl Tracker {
 
 #[cfg(test)]
 #[path = "inflight_tests.rs"]
-mod tests;
+pub(super) mod tests;

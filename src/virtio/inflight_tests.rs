@@ -10,14 +10,14 @@ use proptest::prelude::*;
 
 use super::*;
 
-type Hook = Rc<dyn Fn()>;
+pub(in crate::virtio) type Hook = Rc<dyn Fn()>;
 
 thread_local! {
     static HOOK: RefCell<Option<Hook>> = const { RefCell::new(None) };
 }
 
 /// Runs what the test wants to happen after each store; not again for the stores that this makes.
-pub(super) fn killed_here() {
+pub(in crate::virtio) fn killed_here() {
     let hook = HOOK.with(|h| h.borrow_mut().take());
     if let Some(hook) = hook {
         hook();
@@ -26,7 +26,7 @@ pub(super) fn killed_here() {
 }
 
 /// Does `f`, and `hook` after each store in it.
-fn with_hook<T>(hook: Hook, f: impl FnOnce() -> T) -> T {
+pub(in crate::virtio) fn with_hook<T>(hook: Hook, f: impl FnOnce() -> T) -> T {
     let old = HOOK.with(|h| h.borrow_mut().replace(hook));
     let result = f();
     HOOK.with(|h| *h.borrow_mut() = old);
@@ -38,21 +38,21 @@ const SIZE: u16 = 8;
 /// Where indices start, so that they wrap.
 const BASE: u16 = 65529;
 
-fn memory(bytes: &[u8]) -> File {
+pub(in crate::virtio) fn memory(bytes: &[u8]) -> File {
     let file = crate::sys::memfd(c"inflight-test", bytes.len() as u64).unwrap();
     file.write_all_at(bytes, 0).unwrap();
     file
 }
 
 fn contents(file: &File) -> Vec<u8> {
-    let mut bytes = vec![0; usize::try_from(part_len(SIZE)).unwrap()];
+    let mut bytes = vec![0; usize::try_from(part_len(SIZE, false)).unwrap()];
     file.read_exact_at(&mut bytes, 0).unwrap();
     bytes
 }
 
 fn view(file: &File) -> View {
-    let region = Region::map(file, 0, 0, part_len(SIZE), 0).unwrap();
-    View::new(Arc::new(region), 0, SIZE).unwrap()
+    let region = Region::map(file, 0, 0, part_len(SIZE, false), 0).unwrap();
+    View::new(Arc::new(region), 0, SIZE, false).unwrap()
 }
 
 fn start(file: &File, used_idx: u16) -> Result<(Tracker, Option<u16>), &'static str> {
@@ -176,7 +176,7 @@ fn offer(world: &RefCell<World>, which: usize) {
 }
 
 fn run(steps: &[(u8, usize)]) {
-    let region = memory(&vec![0; usize::try_from(part_len(SIZE)).unwrap()]);
+    let region = memory(&vec![0; usize::try_from(part_len(SIZE, false)).unwrap()]);
     let world = World { region, avail: Vec::new(), used: Vec::new(), begun: 0 };
     let world = Rc::new(RefCell::new(world));
     let seen = Rc::clone(&world);
@@ -232,7 +232,7 @@ proptest! {
 #[test]
 fn the_layout_is_the_documents() {
     let file = memory(&[0; 192]);
-    assert_eq!((part_len(SIZE), part_len(128), part_len(1)), (192, 2112, 64));
+    assert_eq!((part_len(SIZE, false), part_len(128, false), part_len(1, false)), (192, 2112, 64));
     let (mut tracker, next) = start(&file, 0x1234).unwrap();
     assert_eq!((next, tracker.recovered()), (None, false));
     tracker.taken(5);
@@ -299,7 +299,7 @@ fn states_that_no_back_end_leaves() {
 fn a_part_lies_in_its_region() {
     let file = memory(&[0; 192]);
     let region = Arc::new(Region::map(&file, 0, 0, 192, 0).unwrap());
-    let fits = |offset, size| View::new(Arc::clone(&region), offset, size).is_some();
+    let fits = |offset, size| View::new(Arc::clone(&region), offset, size, false).is_some();
     assert!(fits(0, 8) && fits(48, 8) && fits(0, 11) && fits(176, 0));
     assert!(!fits(0, 12) && !fits(64, 8) && !fits(u64::MAX, 8) && !fits(4, 8) && !fits(192, 0));
 }

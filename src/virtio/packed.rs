@@ -33,9 +33,9 @@ const WRAP: u16 = 1 << VRING_PACKED_EVENT_F_WRAP_CTR;
 
 /// A place in the ring, and how often it was gone round, modulo 2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Position {
-    at: u16,
-    wrap: bool,
+pub(super) struct Position {
+    pub at: u16,
+    pub wrap: bool,
 }
 
 impl Position {
@@ -45,7 +45,7 @@ impl Position {
         (at < size).then_some(Position { at, wrap: bits & WRAP != 0 })
     }
 
-    fn bits(self) -> u16 {
+    pub(super) fn bits(self) -> u16 {
         self.at | if self.wrap { WRAP } else { 0 }
     }
 
@@ -58,7 +58,7 @@ impl Position {
 
     /// `n` entries further, at most one round.
     #[inline]
-    fn advance(&mut self, n: u16, size: u16) {
+    pub(super) fn advance(&mut self, n: u16, size: u16) {
         let at = u32::from(self.at) + u32::from(n);
         let over = at >= u32::from(size);
         self.wrap ^= over;
@@ -67,6 +67,11 @@ impl Position {
         let place = (at - if over { u32::from(size) } else { 0 }) as u16;
         self.at = place;
     }
+}
+
+/// The two flags of a descriptor that the driver made available at `at`.
+fn avail_mark(at: Position) -> u16 {
+    if at.wrap { AVAIL } else { USED }
 }
 
 /// Used descriptors that the guest does not see yet, for their first one's flags are missing.
@@ -224,7 +229,7 @@ impl Packed {
     }
 
     fn is_avail(&self, flags: u16) -> bool {
-        flags & BOTH == if self.next_avail.wrap { AVAIL } else { USED }
+        flags & BOTH == avail_mark(self.next_avail)
     }
 
     /// Whether the guest has made more available. One load.
@@ -266,6 +271,60 @@ impl Packed {
         }
         *entries = u16::try_from(self.taken.len()).expect("at most the ring's size");
         Ok(Some(desc.link))
+    }
+
+    /// The descriptors of the chain taken last, as the driver wrote them.
+    pub(super) fn taken(&self) -> &[Desc] {
+        &self.taken
+    }
+
+    /// Where the next used descriptor goes.
+    pub(super) fn next_used(&self) -> Position {
+        self.next_used
+    }
+
+    /// Whether every chain taken has been given back.
+    pub(super) fn is_even(&self) -> bool {
+        self.held == 0
+    }
+
+    /// Whether the descriptor at `at` is the driver's still: no used one has been written over it for the driver to see.
+    pub(super) fn is_unused(&self, at: Position) -> bool {
+        let flags = u16::from_le(self.flags(at.at).load(Ordering::Acquire));
+        flags & BOTH == avail_mark(at)
+    }
+
+    /// Goes on where a predecessor was killed: the next used descriptor goes to `used`, and the chains taken and not given
+    /// back are these: buffer id and number of entries, together not more than the ring's, no id twice.
+    ///
+    /// Used descriptors of a batch that was not published are marked as available again. Else the driver would see
+    /// them as soon as it has seen what we write before them.
+    pub(super) fn restore(&mut self, used: Position, chains: impl Iterator<Item = (u16, u16)>) {
+        (self.next_used, self.next_avail, self.held) = (used, used, 0);
+        for (id, entries) in chains {
+            self.entries[usize::from(id)] = entries;
+            self.held += entries;
+            for _ in 0..entries {
+                let at = self.next_avail;
+                let flags = u16::from_le(self.flags(at.at).load(Ordering::Relaxed));
+                self.set_flags(at.at, flags & !BOTH | avail_mark(at), Ordering::Release);
+                self.next_avail.advance(1, self.size);
+            }
+        }
+        self.log_ring();
+    }
+
+    /// Makes `descs` the chain taken last: one that [`Packed::restore`] was told of.
+    pub(super) fn retake(&mut self, descs: &[Desc]) {
+        self.taken.clear();
+        self.taken.extend_from_slice(descs);
+    }
+
+    #[inline]
+    fn set_flags(&self, at: u16, flags: u16, ordering: Ordering) {
+        self.flags(at).store(flags.to_le(), ordering);
+        #[cfg(test)]
+        super::inflight::tests::killed_here();
     }
 
     /// The descriptor at `at`, with its flags as they were read.
@@ -348,7 +407,7 @@ impl Packed {
         // The length counts only with this flag (VIRTIO 1.3, 2.8.4).
         let flags = wrap | if len > 0 { WRITE } else { 0 };
         if self.hidden.is_some() {
-            self.flags(start.at).store(flags.to_le(), Ordering::Relaxed);
+            self.set_flags(start.at, flags, Ordering::Relaxed);
         } else {
             self.hidden = Some(Hidden { start, flags });
         }
@@ -360,7 +419,7 @@ impl Packed {
     #[inline]
     pub fn publish(&mut self) -> bool {
         let Some(Hidden { start, flags }) = self.hidden.take() else { return false };
-        self.flags(start.at).store(flags.to_le(), Ordering::Release);
+        self.set_flags(start.at, flags, Ordering::Release);
         self.log_ring();
         // The flags must be visible before the guest's wish is read, or both sides sleep.
         fence(Ordering::SeqCst);

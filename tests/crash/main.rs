@@ -19,19 +19,31 @@ mod bed {
     }
 }
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use vub_client::blk::Request;
 use vub_client::{Base, Client, MemStyle, Options, Status};
 
 use common::{LIMIT, eventually};
-use place::{Place, in_flight, used_idx};
+use place::{Place, in_flight, shown, used_idx};
 
 /// Requests in flight in the tests of one kill.
 const DEPTH: usize = 64;
 
-fn options(queues: u16) -> Options {
-    Options { queues, inflight: true, mem_size: 128 << 20, timeout: LIMIT, ..Options::default() }
+fn options(queues: u16, packed: bool) -> Options {
+    let limits = Options { timeout: LIMIT, ..Options::default() };
+    Options { queues, packed, inflight: true, mem_size: 128 << 20, ..limits }
+}
+
+/// What front ends may say of where a ring goes on after a crash. Of a packed one they do not know it.
+fn bases(packed: bool) -> [Base; 3] {
+    if packed {
+        [0x8000_8000, 0x0007_8070, 12345].map(Base::At)
+    } else {
+        [Base::Used, Base::Avail, Base::At(12345)]
+    }
 }
 
 /// A disk on which every request takes so long.
@@ -55,9 +67,22 @@ fn submit_reads(client: &mut Client, n: usize) -> Vec<u64> {
 /// Killed with all of its requests in flight; whatever base the front end gives, all end, each once.
 #[test]
 fn what_was_in_flight_is_done_by_the_successor() {
+    killed_with_all_in_flight(&options(1, false));
+}
+
+#[test]
+fn what_was_in_flight_on_a_packed_ring_is_done_by_the_successor() {
+    killed_with_all_in_flight(&options(1, true));
+    // Chains in the ring itself, and a ring that is no power of two: rounds end amid chains.
+    let direct = Options { indirect: false, queue_size: 223, ..options(1, true) };
+    killed_with_all_in_flight(&direct);
+}
+
+fn killed_with_all_in_flight(options: &Options) {
     let mut place = Place::new(slow(Duration::from_millis(300)));
-    let mut client = Client::connect(place.socket(), options(1)).unwrap();
-    for base in [Base::Used, Base::Avail, Base::At(12345)] {
+    let mut client = Client::connect(place.socket(), options.clone()).unwrap();
+    assert_eq!(client.has_feature(34), options.packed);
+    for base in bases(options.packed) {
         let mut tags = submit_reads(&mut client, DEPTH);
         eventually("all are in flight", || in_flight(&client, 0) == DEPTH);
         place.kill();
@@ -74,7 +99,7 @@ fn what_was_in_flight_is_done_by_the_successor() {
         assert_eq!(done, tags, "each once, {base:?}");
         eventually("nothing is in flight", || in_flight(&client, 0) == 0);
         // The region follows the ring, it does not run ahead.
-        let shown = client.queue(0).ring().mem().used_idx();
+        let shown = shown(&mut client);
         eventually("the last batch is closed", || used_idx(&client, 0) == shown);
         assert_eq!(client.queue(0).run(Request::flush()).unwrap().status, Status::Ok);
         assert_eq!(client.queue(0).poll().unwrap().map(|d| d.tag), None);
@@ -84,14 +109,23 @@ fn what_was_in_flight_is_done_by_the_successor() {
 /// A successor that is killed before it has done anything has a successor in turn.
 #[test]
 fn successors_are_killed_too() {
+    successors_are_killed(false);
+}
+
+#[test]
+fn successors_of_a_packed_ring_are_killed_too() {
+    successors_are_killed(true);
+}
+
+fn successors_are_killed(packed: bool) {
     let mut place = Place::new(slow(Duration::from_millis(300)));
-    let mut client = Client::connect(place.socket(), options(1)).unwrap();
+    let mut client = Client::connect(place.socket(), options(1, packed)).unwrap();
     let tags = submit_reads(&mut client, DEPTH);
     eventually("all are in flight", || in_flight(&client, 0) == DEPTH);
     for _ in 0..5 {
         place.kill();
         place.restart();
-        client.reconnect(place.socket(), Base::Avail).unwrap();
+        client.reconnect(place.socket(), bases(packed)[1]).unwrap();
     }
     let mut done: Vec<u64> =
         client.queue(0).wait_all().unwrap().into_iter().map(|d| d.tag).collect();
@@ -105,7 +139,7 @@ fn successors_are_killed_too() {
 fn a_stop_waits_for_what_is_resubmitted() {
     const EACH: usize = 30;
     let mut place = Place::new(slow(Duration::from_millis(500)));
-    let options = Options { mem_size: 256 << 20, ..options(4) };
+    let options = Options { mem_size: 256 << 20, ..options(4, false) };
     let mut client = Client::connect(place.socket(), options).unwrap();
     for q in client.queues_mut() {
         for _ in 0..EACH {
@@ -126,12 +160,48 @@ fn a_stop_waits_for_what_is_resubmitted() {
     }
 }
 
+/// A region of another ring, or of other rules: the ring does not run, and the log says why. Nothing is lost by it: with a
+/// region of its own, the ring goes on.
+#[test]
+fn a_region_that_is_not_the_rings_is_refused() {
+    let mut place = Place::new(slow(Duration::ZERO));
+    place.keep_log();
+    // A table may be sent again.
+    let options = Options { mem_style: MemStyle::Table, ..options(1, true) };
+    let mut client = Client::connect(place.socket(), options).unwrap();
+    let spoil = |client: &Client, at: u64, bytes: &[u8]| {
+        let file = File::from(client.inflight.as_ref().unwrap().1.try_clone().unwrap());
+        file.write_all_at(bytes, at).unwrap();
+    };
+    for (at, value, why) in [
+        (8, 2u16, "its version is not known"),
+        (10, 64, "it is of a ring of another size"),
+        (16, 128, "a used position that the ring has not"),
+    ] {
+        submit_reads(&mut client, 7);
+        assert_eq!(client.queue(0).wait_all().unwrap().len(), 7);
+        client.stop().unwrap();
+        let mut was = [0; 2];
+        let file = File::from(client.inflight.as_ref().unwrap().1.try_clone().unwrap());
+        file.read_exact_at(&mut was, at).unwrap();
+        spoil(&client, at, &value.to_ne_bytes());
+        assert!(client.start().is_err(), "{why}");
+        let line = format!("export 'e': queue 0: the in-flight region: {why}");
+        eventually(why, || place.log().contains(&line));
+        client.stop().unwrap();
+        spoil(&client, at, &was);
+        client.start().unwrap();
+    }
+    submit_reads(&mut client, 7);
+    assert_eq!(client.queue(0).wait_all().unwrap().len(), 7);
+}
+
 /// Stopped and continued with the same region: the base may be anything, and the guest is signalled, as a predecessor may
 /// have been killed before it could.
 #[test]
 fn a_ring_goes_on_where_the_region_says() {
     let place = Place::new(slow(Duration::ZERO));
-    let options = Options { mem_style: MemStyle::Table, ..options(1) };
+    let options = Options { mem_style: MemStyle::Table, ..options(1, false) };
     let mut client = Client::connect(place.socket(), options).unwrap();
     for _ in 0..3 {
         submit_reads(&mut client, 7);

@@ -20,6 +20,7 @@ pub struct Place {
     /// Workers of the next program.
     pub threads: u16,
     child: Child,
+    keeps_log: bool,
     dir: TempDir,
 }
 
@@ -27,14 +28,26 @@ impl Place {
     /// The first program, listening. `node` is the value of its `--blockdev`, which must call itself `root`.
     pub fn new(node: String) -> Place {
         let dir = tempfile::tempdir().unwrap();
-        let child = spawn(&node, dir.path(), THREADS);
-        let mut place = Place { node, threads: THREADS, child, dir };
+        let child = spawn(&node, dir.path(), THREADS, Stdio::inherit());
+        let mut place = Place { node, threads: THREADS, child, keeps_log: false, dir };
         place.wait_until_it_listens();
         place
     }
 
     pub fn socket(&self) -> PathBuf {
         self.dir.path().join("s")
+    }
+
+    /// Begins anew with a program whose log is kept.
+    pub fn keep_log(&mut self) {
+        self.kill();
+        self.keeps_log = true;
+        self.restart();
+    }
+
+    /// The log of the program of now.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("log")).unwrap()
     }
 
     /// SIGKILL; the process is gone afterwards.
@@ -51,17 +64,29 @@ impl Place {
 
     /// What programs have left for their successors.
     pub fn state_files(&self) -> Vec<String> {
-        let names = std::fs::read_dir(self.dir.path()).unwrap();
-        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let dirs = std::fs::read_dir(self.dir.path()).unwrap().map(|entry| entry.unwrap().path());
+        let state =
+            dirs.filter(|dir| dir.is_dir() && dir.to_str().unwrap().contains("/vhost-user-blk"));
+        let files = state.flat_map(|dir| std::fs::read_dir(dir).unwrap());
+        let names = files.map(|entry| entry.unwrap().file_name().into_string().unwrap());
         names.filter(|name| name.contains(".journal") || name.contains(".rejected")).collect()
     }
 
     /// The next program; how long it took until it listened.
     pub fn restart(&mut self) -> Duration {
         let start = Instant::now();
-        self.child = spawn(&self.node, self.dir.path(), self.threads);
+        self.spawn();
         self.wait_until_it_listens();
         start.elapsed()
+    }
+
+    fn spawn(&mut self) {
+        let log = if self.keeps_log {
+            File::create(self.dir.path().join("log")).unwrap().into()
+        } else {
+            Stdio::inherit()
+        };
+        self.child = spawn(&self.node, self.dir.path(), self.threads, log);
     }
 
     fn wait_until_it_listens(&mut self) {
@@ -83,7 +108,7 @@ impl Drop for Place {
     }
 }
 
-fn spawn(node: &str, dir: &Path, threads: u16) -> Child {
+fn spawn(node: &str, dir: &Path, threads: u16, log: Stdio) -> Child {
     let socket = dir.join("s");
     let socket = socket.display();
     let export = format!(
@@ -92,26 +117,46 @@ fn spawn(node: &str, dir: &Path, threads: u16) -> Child {
     );
     let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-blk"));
     command.args(["--blockdev", node, "--export", &export]).env("XDG_RUNTIME_DIR", dir);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap()
 }
 
 /// `N` bytes of the region, from `at` on in a queue's part.
 fn region<const N: usize>(client: &Client, queue: u64, at: u64) -> [u8; N] {
     let (desc, fd) = client.inflight.as_ref().expect("the back end has given a region");
     let file = File::from(fd.try_clone().unwrap());
-    let part = (16 + 16 * u64::from(desc.queue_size)).next_multiple_of(64);
+    let unit = unit(client);
+    let part = (unit + unit * u64::from(desc.queue_size)).next_multiple_of(64);
     let mut bytes = [0; N];
     file.read_exact_at(&mut bytes, desc.mmap_offset + queue * part + at).unwrap();
     bytes
 }
 
+/// Bytes before the entries of a part, and of each entry.
+fn unit(client: &Client) -> u64 {
+    if client.has_feature(34) { 32 } else { 16 }
+}
+
 /// The number of requests of a queue that the region says are in flight.
 pub fn in_flight(client: &Client, queue: u64) -> usize {
     let size = client.inflight.as_ref().map_or(0, |(desc, _)| u64::from(desc.queue_size));
-    (0..size).map(|head| usize::from(region::<1>(client, queue, 16 + 16 * head)[0])).sum()
+    let at = |entry: u64| unit(client) * (1 + entry);
+    (0..size).map(|entry| usize::from(region::<1>(client, queue, at(entry))[0])).sum()
 }
 
-/// The used index that the region knows.
+/// Where used descriptors go on, as the region knows it: an index, of a packed ring a position.
 pub fn used_idx(client: &Client, queue: u64) -> u16 {
-    u16::from_ne_bytes(region(client, queue, 14))
+    if !client.has_feature(34) {
+        return u16::from_ne_bytes(region(client, queue, 14));
+    }
+    let wrap = u16::from(region::<1>(client, queue, 21)[0]);
+    u16::from_ne_bytes(region(client, queue, 18)) | wrap << 15
+}
+
+/// The same, as the driver knows it.
+pub fn shown(client: &mut Client) -> u16 {
+    if client.has_feature(34) {
+        client.queue(0).packed().last_used()
+    } else {
+        client.queue(0).ring().mem().used_idx()
+    }
 }

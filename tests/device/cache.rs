@@ -7,8 +7,9 @@ use serde_json::json;
 use vhost_user_blk::error::Errno;
 use vhost_user_blk::export::ExportConfig;
 use virtio_bindings::virtio_blk as vb;
+use vub_client::blk::Request;
 use vub_client::proto::req;
-use vub_client::{Client, Conn, Options, Status};
+use vub_client::{Base, Client, Conn, Options, Status};
 
 use crate::common::probe::{Asked, Probe};
 use crate::common::{Disk, Engine, FileDisk, MIB, config, small};
@@ -79,6 +80,60 @@ fn the_mode_told_is_the_mode_in_force_after_a_reconnect() {
     client.start_queue(0).unwrap();
     let through = client.read_config().unwrap().wce() == 0;
     assert_eq!(changes(&mut client, &probe), plain(through));
+}
+
+/// A guest that another process served until it was killed: what it thinks of the cache is not known here, and its front end
+/// (like QEMU) says nothing. Its writes are stable until it flushes.
+#[test]
+fn a_guest_that_relied_on_another_process() {
+    for packed in [false, true] {
+        let (mut client, base) = {
+            let (disk, _) = Probe::disk(config());
+            let mut client = disk.connect(Options { packed, ..small() });
+            client.queue(0).write(0, &[1; 512]).unwrap();
+            let base = client.stop_queue(0).unwrap();
+            (client, base)
+        };
+        let (disk, probe) = Probe::disk(config());
+        // A flush that was under way says nothing: the guest may have given it up and chosen write-through.
+        let flush = Request::flush();
+        client.queue(0).submit(flush).unwrap();
+        client.reconnect(disk.path(), Base::At(base)).unwrap();
+        assert_eq!(client.queue(0).wait().unwrap().status, Status::Ok);
+        // Of a packed ring nobody knows how much was under way: at most as much as fits.
+        for _ in 0..if packed { small().queue_size } else { 1 } {
+            assert_eq!(changes(&mut client, &probe), plain(true), "packed {packed}");
+        }
+        assert_eq!(client.read_config().unwrap().wce(), 0);
+        client.queue(0).flush().unwrap();
+        assert_eq!(changes(&mut client, &probe), plain(false), "packed {packed}");
+        assert_eq!(client.read_config().unwrap().wce(), 1);
+        // The same process, the same guest: it is known now.
+        let base = client.stop_queue(0).unwrap();
+        client.reconnect(disk.path(), Base::At(base)).unwrap();
+        assert_eq!(changes(&mut client, &probe), plain(false), "packed {packed}");
+        client.set_config(WCE, 0, &[0]).unwrap();
+        let base = client.stop_queue(0).unwrap();
+        client.reconnect(disk.path(), Base::At(base)).unwrap();
+        client.queue(0).flush().unwrap();
+        assert_eq!(changes(&mut client, &probe), plain(true), "packed {packed}");
+    }
+}
+
+/// Without CONFIG_WCE a driver that can flush knows that it must (VIRTIO 1.3, 5.2.6.2).
+#[test]
+fn a_guest_that_could_not_have_chosen() {
+    let want_features = vub_client::KNOWN_FEATURES & !(1 << vb::VIRTIO_BLK_F_CONFIG_WCE);
+    let (mut client, base) = {
+        let (disk, _) = Probe::disk(config());
+        let mut client = disk.connect(Options { want_features, ..small() });
+        client.queue(0).write(0, &[1; 512]).unwrap();
+        let base = client.stop_queue(0).unwrap();
+        (client, base)
+    };
+    let (disk, probe) = Probe::disk(config());
+    client.reconnect(disk.path(), Base::At(base)).unwrap();
+    assert_eq!(changes(&mut client, &probe), plain(false));
 }
 
 #[test]

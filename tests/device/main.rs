@@ -4,12 +4,15 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../drivers/mod.rs"]
+mod drivers;
 
 mod cache;
 mod dirty_log;
 mod engines;
 mod hostile;
 mod hostile_requests;
+mod inflight;
 mod lifecycle;
 mod memory;
 mod model;

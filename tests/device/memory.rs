@@ -1,10 +1,13 @@
 //! Memory that is taken away while requests write into it, and memory in as many pieces as there may be.
 
+use std::ops::Range;
+
 use serde_json::json;
 use vub_client::blk::Request;
 use vub_client::{MemStyle, Options, Status};
 
 use crate::common::{Disk, ENGINES, FileDisk, MIB, Random, config, eventually, small};
+use crate::drivers::not_tested;
 
 /// Reads that a slow disk has not answered are under way into a region that goes: the reply comes after the last byte.
 #[test]
@@ -45,6 +48,78 @@ fn nothing_is_written_into_memory_that_was_taken_away() {
         client.stop().unwrap();
         assert_eq!(then.iter().filter(|b| **b == 0).count(), 4 * 8 * (16 << 10));
         assert!(whole.to_vec() == then, "written after the reply");
+    }
+}
+
+/// Regions that begin and end anywhere in their file: gigantic guests on huge pages, DIMMs in one file, ROMs.
+fn parts_of_a_file(fd: &std::os::fd::OwnedFd, whole: usize, parts: &[Range<usize>]) {
+    for mem_style in [MemStyle::Slots, MemStyle::Table] {
+        for engine in ENGINES {
+            let file = FileDisk::new(MIB, engine, config());
+            let mut client = file.disk.connect(Options { mem_style, ..small() });
+            let content = Random(5).bytes(16 << 10);
+            client.queue(0).write(0, &content).unwrap();
+            for part in parts {
+                let fd = fd.try_clone().unwrap();
+                let region = client.mem().add_part(fd, whole, part.clone()).unwrap();
+                client.plug_region(region).unwrap();
+                let first = client.mem().alloc_in(region, content.len(), 1).unwrap();
+                let done = client.queue(0).run(Request::read(0, vec![first])).unwrap();
+                assert!(done.status == Status::Ok && done.data() == content, "{part:?} {engine:?}");
+                // The last bytes of the region.
+                let (info, _) = client.mem().regions().swap_remove(region);
+                let at = info.gpa + info.len - content.len() as u64;
+                let last = client.mem().view(at, content.len()).unwrap();
+                let done = client.queue(0).run(Request::read(0, vec![last])).unwrap();
+                assert!(done.status == Status::Ok && done.data() == content, "{part:?} {engine:?}");
+                client.unplug_memory(region).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn regions_at_odd_offsets() {
+    let whole = 256 << 10;
+    let fd = vub_client::sys::memfd(c"odd", whole as u64).unwrap();
+    let parts = [512..40 << 10, 4096 + 16..whole - 16, (64 << 10) + 2048..128 << 10];
+    parts_of_a_file(&fd, whole, &parts);
+}
+
+#[test]
+fn regions_of_huge_pages() {
+    const HUGE: usize = 2 << 20;
+    let Some(_pages) = HugePages::reserve(4) else { return };
+    let whole = 3 * HUGE;
+    let fd = vub_client::sys::huge_memfd(c"huge", whole as u64).unwrap();
+    let parts = [0..whole, HUGE..2 * HUGE, 4096..HUGE, HUGE + 8192 + 512..3 * HUGE - 4096];
+    parts_of_a_file(&fd, whole, &parts);
+}
+
+/// Huge pages of 2 MiB that this test may use; given back when dropped.
+struct HugePages(u64);
+
+impl HugePages {
+    const NUMBER: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+    /// `None`, and says so, if the machine does not give any: the only reason for which the test does not run.
+    fn reserve(more: u64) -> Option<HugePages> {
+        let number = || std::fs::read_to_string(Self::NUMBER).ok()?.trim().parse::<u64>().ok();
+        let before = number();
+        if let Some(before) = before {
+            let _ = std::fs::write(Self::NUMBER, (before + more).to_string());
+            if number() == Some(before + more) {
+                return Some(HugePages(before));
+            }
+        }
+        not_tested("huge pages: this machine gives none");
+        None
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = std::fs::write(Self::NUMBER, self.0.to_string());
     }
 }
 

@@ -229,7 +229,7 @@ impl Model {
             if stopping && stop.killed {
                 return;
             }
-            if done.is_empty() && !q.ring().arm() {
+            if done.is_empty() && !q.arm() {
                 let mut fds = vec![q.call_fd().as_raw_fd()];
                 if !stopping {
                     fds.push(stop.event.as_raw_fd());

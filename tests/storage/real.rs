@@ -48,7 +48,8 @@ fn a_full_file_system_gets_room() {
     }
 }
 
-/// Someone cuts a raw file under us, in the middle of a sector's read: zeroes, and what is written comes back.
+/// Someone cuts a raw file under us, in the middle of a sector: what is gone is an error, not zeroes; what is written is there;
+/// and all is well when the file has its length again.
 #[test]
 fn a_file_cut_short() {
     for engine in ENGINES {
@@ -60,15 +61,61 @@ fn a_file_cut_short() {
         let mut client = disk.connect(small());
         let q = client.queue(0);
         resize(&image.path(), 6000);
-        let mut back = vec![1; 8192];
-        q.read(8, &mut back).unwrap();
-        assert!(back[..6000 - 4096].iter().all(|b| *b == 7), "{engine:?}");
-        assert!(back[6000 - 4096..].iter().all(|b| *b == 0), "{engine:?}");
+        let mut back = vec![1; 4096];
+        q.read(0, &mut back).unwrap();
+        assert_eq!(back, [7; 4096], "{engine:?}: what is left");
+        for sector in [8, 512, 1024] {
+            let read = q.read_request(sector, 8192).unwrap();
+            assert_eq!(status(q, read), Status::IoErr, "{engine:?}: sector {sector}");
+        }
+        let lines = logged::of(&id);
+        assert_eq!(lines, ["node 'root': read of 8192 bytes at 4096: Input/output error"]);
         q.write(512, &[9; 4096]).unwrap();
         q.flush().unwrap();
         q.read(512, &mut back).unwrap();
-        assert!(back[..4096].iter().all(|b| *b == 9), "{engine:?}");
-        assert_eq!(logged::of(&id), [""; 0], "nothing failed");
+        assert_eq!(back, [9; 4096], "{engine:?}");
+        let read = q.read_request(520, 4096).unwrap();
+        assert_eq!(status(q, read), Status::IoErr, "{engine:?}: behind it");
+        resize(&image.path(), MIB);
+        q.read(520, &mut back).unwrap();
+        assert_eq!(back, [0; 4096], "{engine:?}: the fault has ended");
+        assert_eq!(logged::of(&id), lines);
+    }
+}
+
+/// A block device cut short: errors at once, also where `werror=enospc` waits for room.
+#[test]
+fn a_device_cut_short() {
+    if !Loop::exist() {
+        return;
+    }
+    for engine in ENGINES {
+        let Engine { aio, direct } = engine;
+        let image = Image::new(4 * MIB);
+        let device = Loop::over(&image.path(), 512);
+        let id = format!("shorter-{aio}-{direct}");
+        let options = json!({
+            "driver": "host_device", "node-name": "root", "filename": device.0, "aio": aio,
+            "cache": {"direct": direct},
+        });
+        let disk = exported(&id, options, OnError::Enospc);
+        let mut client = disk.connect(small());
+        let q = client.queue(0);
+        resize(&image.path(), 2 * MIB);
+        device.resize();
+        let read = q.read_request(4096 - 4, 4096).unwrap();
+        assert_eq!(status(q, read), Status::IoErr, "{engine:?}");
+        let write = q.write_request(6000, &[1; 4096]).unwrap();
+        assert_eq!(status(q, write), Status::IoErr, "{engine:?}");
+        assert!(logged::of(&id)[0].ends_with(": Input/output error"), "{engine:?}");
+        resize(&image.path(), 4 * MIB);
+        device.resize();
+        q.write(6000, &[5; 4096]).unwrap();
+        let mut back = [0; 4096];
+        q.read(6000, &mut back).unwrap();
+        assert_eq!(back, [5; 4096], "{engine:?}");
+        drop(client);
+        drop(disk);
     }
 }
 

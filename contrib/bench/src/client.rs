@@ -212,6 +212,9 @@ impl Client {
             opts,
         };
         client.handshake()?;
+        if client.has_protocol(pf::CONFIG) {
+            client.read_config()?;
+        }
         client.make_queues()?;
         if client.opts.start {
             client.start()?;
@@ -219,7 +222,7 @@ impl Client {
         Ok(client)
     }
 
-    /// Features, protocol features, owner, back channel, configuration.
+    /// Features, protocol features, owner, back channel.
     ///
     /// # Errors
     /// Any of this crate's.
@@ -247,9 +250,6 @@ impl Client {
             let (ours, theirs) = UnixStream::pair().map_err(io_err("socketpair"))?;
             self.conn.set(req::SET_BACKEND_REQ_FD, &[], &[theirs.as_raw_fd()])?;
             self.backend = Some(Conn::from_stream(ours)?);
-        }
-        if self.has_protocol(pf::CONFIG) {
-            self.read_config()?;
         }
         Ok(())
     }
@@ -359,15 +359,23 @@ impl Client {
     /// Any of this crate's.
     pub fn plug_memory(&mut self, len: usize) -> Result<usize> {
         let index = self.mem.add_region(len)?;
+        self.plug_region(index)?;
+        Ok(index)
+    }
+
+    /// Tells of a region that was added to [`Client::mem`] at the end.
+    ///
+    /// # Errors
+    /// Any of this crate's.
+    pub fn plug_region(&mut self, index: usize) -> Result<()> {
         let table =
             self.opts.mem_style == MemStyle::Table || !self.has_protocol(pf::CONFIGURE_MEM_SLOTS);
         if table {
-            self.share_memory()?;
+            self.share_memory()
         } else {
             let (info, fd) = self.mem.regions().swap_remove(index);
-            self.add_region(&info, fd)?;
+            self.add_region(&info, fd)
         }
-        Ok(index)
     }
 
     /// Unplugs a region again, by REM_MEM_REG or a whole new table.
@@ -467,7 +475,8 @@ impl Client {
         Ok(())
     }
 
-    /// Connects anew with the same memory, rings and in-flight area; what was in flight stays so.
+    /// Connects anew with the same memory, rings and in-flight area; what was in flight stays so. Like QEMU it does not
+    /// read the configuration again.
     ///
     /// # Errors
     /// Any of this crate's.

@@ -6,6 +6,7 @@
 //!
 //! Invariant: a `Buf` lies wholly inside one mapped region, and keeps the memory alive.
 
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64};
@@ -28,6 +29,8 @@ pub struct RegionInfo {
     pub len: u64,
     /// Address in this process: what SET_VRING_ADDR speaks in.
     pub user_addr: u64,
+    /// Where it begins in its file, in bytes.
+    pub offset: u64,
 }
 
 #[derive(Debug)]
@@ -49,6 +52,7 @@ impl Region {
             gpa: self.gpa,
             len: self.map.len() as u64,
             user_addr: self.map.ptr().as_ptr().addr() as u64,
+            offset: self.map.offset() as u64,
         }
     }
 
@@ -122,7 +126,16 @@ impl GuestMem {
     /// Those of memfd and mmap.
     pub fn add_region(&self, len: usize) -> Result<usize> {
         let fd = memfd(c"vub-guest", len as u64).map_err(io_err("memfd"))?;
-        let map = Mapping::new(&fd, len).map_err(io_err("mmap of guest memory"))?;
+        self.add_part(fd, len, 0..len)
+    }
+
+    /// The same with a part of the file `fd`, which has `whole` bytes.
+    ///
+    /// # Errors
+    /// Those of mmap.
+    pub fn add_part(&self, fd: OwnedFd, whole: usize, part: Range<usize>) -> Result<usize> {
+        let len = part.len();
+        let map = Mapping::new(&fd, whole, part).map_err(io_err("mmap of guest memory"))?;
         let mut regions = self.lock();
         let gpa = regions.last().map_or(GPA_BASE, |r| r.gpa + r.map.len() as u64 + GPA_GAP);
         regions.push(Arc::new(Region { gpa, fd, map, holes: Mutex::new(vec![(0, len)]) }));

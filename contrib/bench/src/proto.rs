@@ -64,6 +64,7 @@ pub mod pf {
     pub const CONFIGURE_MEM_SLOTS: u64 = 15;
     pub const STATUS: u64 = 16;
     pub const DEVICE_STATE: u64 = 19;
+    pub const GET_VRING_BASE_INFLIGHT: u64 = 20;
 }
 
 /// The back end's own message: the configuration has changed.
@@ -158,7 +159,7 @@ pub fn vring_addr(index: u32, flags: u32, desc: u64, used: u64, avail: u64, log:
 /// One region as SET_MEM_TABLE lists it.
 #[must_use]
 pub fn mem_region(info: &RegionInfo) -> Vec<u8> {
-    [info.gpa, info.len, info.user_addr, 0].iter().flat_map(|w| w.to_ne_bytes()).collect()
+    [info.gpa, info.len, info.user_addr, info.offset].iter().flat_map(|w| w.to_ne_bytes()).collect()
 }
 
 /// Body of SET_MEM_TABLE.

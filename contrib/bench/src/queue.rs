@@ -208,6 +208,11 @@ impl Queue {
         ring
     }
 
+    /// Asks for an interrupt on the next completion. True when one has come meanwhile.
+    pub fn arm(&mut self) -> bool {
+        either!(&mut self.ring, r => r.arm())
+    }
+
     /// The kick eventfd.
     #[must_use]
     pub fn kick_fd(&self) -> &EventFd {

@@ -3,6 +3,7 @@
 
 use std::ffi::CStr;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -24,8 +25,20 @@ fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
 /// # Errors
 /// The system call's.
 pub fn memfd(name: &CStr, len: u64) -> io::Result<OwnedFd> {
+    memfd_of(name, len, 0)
+}
+
+/// A new memfd of `len` bytes in pages of 2 MiB, of which that is a multiple.
+///
+/// # Errors
+/// The system call's.
+pub fn huge_memfd(name: &CStr, len: u64) -> io::Result<OwnedFd> {
+    memfd_of(name, len, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB)
+}
+
+fn memfd_of(name: &CStr, len: u64, flags: libc::c_uint) -> io::Result<OwnedFd> {
     // SAFETY: `name` is a valid C string for the time of the call.
-    let fd = check(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) })?;
+    let fd = check(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | flags) })?;
     // SAFETY: the kernel has just given us this fd, nobody else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     let len = libc::off_t::try_from(len).map_err(io::Error::other)?;
@@ -34,12 +47,13 @@ pub fn memfd(name: &CStr, len: u64) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// A shared mapping of a whole file, unmapped on drop. The bytes may change under our feet, so no
+/// A shared mapping of a file from its start, of which a part is used; unmapped on drop. The bytes may change under our feet, so no
 /// reference to them is ever handed out; `mem` reads and writes them through raw pointers.
 #[derive(Debug)]
 pub struct Mapping {
-    ptr: NonNull<u8>,
-    len: usize,
+    base: NonNull<u8>,
+    whole: usize,
+    part: Range<usize>,
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread; all access is by raw pointer.
@@ -48,16 +62,21 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `len` bytes of `fd`, read and write, shared, populated: no page faults when measuring.
+    /// Maps the first `whole` bytes of `fd`, read and write, shared, populated (no page faults when measuring), and uses
+    /// `part` of them.
     ///
     /// # Errors
     /// The system call's.
-    pub fn new(fd: &impl AsRawFd, len: usize) -> io::Result<Self> {
+    ///
+    /// # Panics
+    /// When the part is not inside.
+    pub fn new(fd: &impl AsRawFd, whole: usize, part: Range<usize>) -> io::Result<Self> {
+        assert!(part.start <= part.end && part.end <= whole, "a part of the file");
         // SAFETY: a fresh mapping at an address of the kernel's choice overlaps nothing.
         let ptr = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                len,
+                whole,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED | libc::MAP_POPULATE,
                 fd.as_raw_fd(),
@@ -67,26 +86,33 @@ impl Mapping {
         if ptr == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let ptr = NonNull::new(ptr.cast::<u8>()).ok_or_else(|| io::Error::other("mmap gave 0"))?;
-        Ok(Self { ptr, len })
+        let base = NonNull::new(ptr.cast::<u8>()).ok_or_else(|| io::Error::other("mmap gave 0"))?;
+        Ok(Self { base, whole, part })
     }
 
-    /// First byte of the mapping.
+    /// First byte of the part.
     #[must_use]
     pub fn ptr(&self) -> NonNull<u8> {
-        self.ptr
+        // SAFETY: inside the mapping, as `new` asserted.
+        unsafe { self.base.add(self.part.start) }
     }
 
-    /// Length in bytes.
+    /// Where the part is in the file, in bytes.
+    #[must_use]
+    pub fn offset(&self) -> usize {
+        self.part.start
+    }
+
+    /// Its length in bytes.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.len
+        self.part.len()
     }
 
-    /// Never true: mmap refuses a length of 0.
+    /// Whether it is nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.part.is_empty()
     }
 }
 
@@ -94,7 +120,7 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: we mapped exactly this range, and whoever holds a pointer into it (`mem::Buf`)
         // also holds an `Arc` of the memory that owns this mapping.
-        unsafe { libc::munmap(self.ptr.as_ptr().cast(), self.len) };
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.whole) };
     }
 }
 

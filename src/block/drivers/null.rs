@@ -66,7 +66,7 @@ fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
 impl Null {
     async fn serve(&self, op: Op<'_>) -> std::result::Result<(), Errno> {
         if !self.latency.is_zero() {
-            rt::sleep(self.latency).await;
+            rt::sleep_unless_cancelled(self.latency).await?;
         }
         if let (Op::Read { to, .. }, true) = (op, self.read_zeroes) {
             to.zero();

@@ -19,6 +19,7 @@ use crate::block::drivers::posix;
 use crate::block::perm::{Perm, Perms};
 use crate::err;
 use crate::error::{Errno, Error, Result};
+use crate::sandbox;
 
 /// How a file is opened.
 #[derive(Clone, Debug)]
@@ -97,7 +98,13 @@ impl How {
     }
 
     fn cannot_open(&self, errno: Errno) -> Error {
-        Error::from_errno(format_args!("Could not open '{}'", self.filename), errno)
+        let error = Error::from_errno(format_args!("Could not open '{}'", self.filename), errno);
+        match sandbox::refuses_files() && errno == Errno(libc::EACCES) {
+            true => error.with_hint(
+                "the sandbox knows only files that were there when it began: see --allow-path",
+            ),
+            false => error,
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The requests of `file` and `host_device`.
 //!
-//! Reads past the end give zeroes. A failed sync through the page cache is never forgotten: the kernel marks the lost
+//! Reads past the end give zeroes; where the file had bytes when it was opened, or got them from us, its end is an
+//! error: somebody has cut it short, and zeroes would be taken for data (a qcow2 refcount, say). A failed sync through the page cache is never forgotten: the kernel marks the lost
 //! pages clean, so a later sync would succeed without the data; every later flush fails with the first error.
 #![forbid(unsafe_code)]
 
@@ -100,6 +101,8 @@ impl Medium {
     }
 
     async fn read(&self, offset: u64, to: Sg<'_>) -> Result<()> {
+        // Before: a write of our own past the end may come in between.
+        let known = self.len();
         let mut done = 0;
         while done < to.len() {
             let rest = to.slice(done, to.len() - done);
@@ -107,6 +110,10 @@ impl Medium {
             done += n;
             // Only the end of the file cuts a direct read at an odd place.
             if n == 0 || !(n as u64).is_multiple_of(u64::from(self.file.request_align)) {
+                let there = known.min(offset + to.len() as u64);
+                if self.kind != Kind::Char && offset + (done as u64) < there {
+                    return Err(Errno::EIO);
+                }
                 to.slice(done, to.len() - done).zero();
                 break;
             }
@@ -120,6 +127,9 @@ impl Medium {
         while done < from.len() {
             let rest = from.slice(done, from.len() - done);
             match rt::write(&self.file, rest, offset + done as u64, dsync).await {
+                Ok(0) | Err(Errno::ENOSPC) if self.ends_before(offset + from.len() as u64) => {
+                    return Err(Errno::EIO);
+                }
                 Ok(0) => return Err(Errno::ENOSPC),
                 Ok(n) => done += n,
                 Err(errno) => {
@@ -133,6 +143,11 @@ impl Medium {
         }
         self.grown_to(offset + from.len() as u64);
         Ok(())
+    }
+
+    /// Whether this is a device that has become shorter: its "no space left" is not worth waiting for (`werror=enospc`).
+    fn ends_before(&self, end: u64) -> bool {
+        self.kind == Kind::Block && posix::end(self.file.fd()).is_ok_and(|found| found < end)
     }
 
     async fn set_len(&self, len: u64) -> Result<()> {

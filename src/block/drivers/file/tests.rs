@@ -127,6 +127,38 @@ fn the_odd_end_reads_as_zeroes_and_grows_when_written() {
     }
 }
 
+/// On machines without devices, too: what a block device's requests make of an end that moves, with a file in its place.
+#[test]
+fn a_device_that_changes_its_size() {
+    let disk = disk();
+    let path = image(disk.path(), 2 * PAGE);
+    let how = How {
+        filename: path.to_str().unwrap().to_owned(),
+        read_only: false,
+        auto_read_only: false,
+        direct: false,
+    };
+    let file = how.open().unwrap();
+    let cut = file.try_clone().unwrap();
+    let fd = file.as_raw_fd();
+    let file = Arc::new(rt::File::new(file.into(), Engine::Threads, 1, 1));
+    let (access, len) = (Access::new(how, fd, false, Duration::ZERO), 2 * PAGE as u64);
+    let medium = Medium::new(file, Kind::Block, access, Limits::default(), len);
+    let read = |offset, len| {
+        let memory = Buffer::new(len, PAGE);
+        rt::block_on(medium.submit(Op::Read { offset, to: Sg::new(&[memory.iovec()]) }))
+    };
+    assert!(medium.follows_medium());
+    cut.set_len(3 * len).unwrap();
+    assert_eq!((medium.look_at_len(), medium.len()), (None, 3 * len));
+    cut.set_len(len).unwrap();
+    assert_eq!((medium.look_at_len(), medium.len()), (Some(len), 3 * len));
+    assert_eq!(read(0, 2 * PAGE), Ok(()));
+    assert_eq!(read(PAGE as u64, 2 * PAGE), Err(Errno::EIO));
+    assert_eq!(read(len, PAGE), Err(Errno::EIO));
+    assert_eq!(read(3 * len, PAGE), Ok(()), "behind what there ever was");
+}
+
 /// features.md: refused as QSD refuses it, for a file that is all hole.
 #[test]
 fn an_odd_hole_is_not_writable_directly() {
