@@ -240,6 +240,7 @@ fn a_second_process_on_the_same_disk() {
     );
     let second = Command::new(env!("CARGO_BIN_EXE_vhost-user-blk"))
         .args(["--blockdev", &root, "--export", &export])
+        .env("XDG_RUNTIME_DIR", dir.path())
         .output()
         .unwrap();
     assert!(!second.status.success());
