@@ -285,7 +285,7 @@ fn a_guest_cannot_fill_the_log() {
     let to = ("info", File::create(&log).unwrap());
     let program = Program::start_logging(&[null("root", 0)], &[("root", WRITABLE)], to);
     let mut client = program.connect("root", small());
-    for n in (0..1000).map(|n: u32| u8::from(n % 2 == 0)) {
+    for n in (0..1000).map(|n: u32| u8::from(n.is_multiple_of(2))) {
         client.set_config(32, 0, &[n]).unwrap();
         client.stop_queue(0).unwrap();
         // The guest is ahead by more than the ring's size.
