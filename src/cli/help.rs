@@ -87,8 +87,8 @@ More:
   --print-graph[=text|json|dot]
                          open the block nodes, print them, and end
   --state-dir=<dir>|none where unflushed writes of qcow2 images are recorded, so that they
-                         survive a crash of this program ($XDG_RUNTIME_DIR, else
-                         /run/vhost-user-blk, else /dev/shm)
+                         survive a crash of this program (vhost-user-blk[-UID] in
+                         $XDG_RUNTIME_DIR, else in /run, else in /dev/shm)
   --strict-formats       never guess the format of a backing file
   --user=<name|number>, --group=<name|number>
                          become these once all is set up; sockets and pidfile are theirs

@@ -71,7 +71,7 @@ impl Session {
         let strict = settings.items.iter().any(|item| item.opt == Some(Opt::StrictFormats));
         self.graph.set_strict_formats(strict);
         self.graph.set_lock_patience(LOCK_PATIENCE);
-        match state::dir(settings.state_dir.as_deref()) {
+        match state::dir(settings.state_dir.as_deref(), settings.identity.numbers().0) {
             Some(dir) => self.graph.set_state_dir(dir),
             None => log::warn!("no state directory: {}", state::WEAKER),
         }
@@ -220,7 +220,8 @@ impl Session {
         let dirs = self.exports.places().filter_map(listen::Place::dir);
         dirs.for_each(|dir| allow.remove_in(dir));
         self.later.iter().for_each(|(path, writable)| allow.file(path, *writable));
-        // One that is not there was complained about, by who needed it.
+        // Journals go with the nodes that are written to, and come with those that are opened later. A directory that is not
+        // there was complained about by who needed it.
         match self.graph.state_dir().filter(|dir| dir.is_dir()) {
             Some(dir) if self.later.is_empty() => allow.remove_in(dir),
             Some(dir) => {

@@ -203,13 +203,18 @@ fn threads() -> io::Result<Vec<String>> {
     let stat = |task: std::fs::DirEntry| {
         std::fs::read_to_string(task.path().join("stat")).unwrap_or_default()
     };
-    Ok(tasks.flatten().map(stat).filter(|stat| !works_for_ring(stat)).map(name).collect())
+    Ok(tasks
+        .flatten()
+        .map(stat)
+        .filter(|stat| !works_for_ring(stat))
+        .map(|stat| name(&stat))
+        .collect())
 }
 
 /// The name in `/proc/PID/stat`: it may itself have parentheses.
-fn name(stat: String) -> String {
+fn name(stat: &str) -> String {
     let name = stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(')'));
-    name.map_or(stat.clone(), |(name, _)| name.to_owned())
+    name.map_or(stat, |(name, _)| name).to_owned()
 }
 
 /// Whether `/proc/PID/stat`, whose field 9 are the kernel's flags, is that of a ring's worker.

@@ -64,8 +64,11 @@ impl Place {
 
     /// What programs have left for their successors.
     pub fn state_files(&self) -> Vec<String> {
-        let names = std::fs::read_dir(self.dir.path()).unwrap();
-        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let dirs = std::fs::read_dir(self.dir.path()).unwrap().map(|entry| entry.unwrap().path());
+        let state =
+            dirs.filter(|dir| dir.is_dir() && dir.to_str().unwrap().contains("/vhost-user-blk"));
+        let files = state.flat_map(|dir| std::fs::read_dir(dir).unwrap());
+        let names = files.map(|entry| entry.unwrap().file_name().into_string().unwrap());
         names.filter(|name| name.contains(".journal") || name.contains(".rejected")).collect()
     }
 

@@ -129,8 +129,11 @@ fn let_it_end(image: Image, dirs: &Dirs, how: How) {
 
 /// What programs have left for their successors.
 fn state_files(dirs: &Dirs) -> Vec<String> {
-    let names = std::fs::read_dir(dirs.0.path()).unwrap();
-    let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let dirs = std::fs::read_dir(dirs.0.path()).unwrap().map(|entry| entry.unwrap().path());
+    let state =
+        dirs.filter(|dir| dir.is_dir() && dir.to_str().unwrap().contains("/vhost-user-blk"));
+    let files = state.flat_map(|dir| std::fs::read_dir(dir).unwrap());
+    let names = files.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name.contains(".journal") || name.contains(".rejected")).collect()
 }
 
