@@ -371,7 +371,12 @@ fn a_disk_that_hangs_leaves_control_answering() {
     // Told once, it waits for the disk, and flushes what it can.
     other.queue(0).write(8, &data).unwrap();
     vub_client::sys::kill(program.pid(), libc::SIGTERM).unwrap();
-    eventually("it is on its way", || program.threads().iter().any(|t| t.0 == "signals"));
+    // Threads end meanwhile.
+    let name = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm"));
+    let tasks = || std::fs::read_dir(program.proc().join("task")).unwrap().flatten();
+    eventually("it is on its way", || {
+        tasks().any(|task| name(task).is_ok_and(|name| name.trim() == "signals"))
+    });
     program.assert_alive();
     // Told again, it does not wait.
     assert_eq!(program.terminate().code(), Some(1));

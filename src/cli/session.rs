@@ -249,7 +249,8 @@ impl Session {
         }
         let none = later.is_empty();
         later.into_iter().for_each(|(path, writable)| allow.file(path, writable));
-        // One that is not there was complained about, by who needed it.
+        // Journals go with the nodes that are written to, and come with those that are opened later. A directory that is not
+        // there was complained about by who needed it.
         match self.graph.state_dir().filter(|dir| dir.is_dir()) {
             Some(dir) if none => allow.remove_in(dir),
             Some(dir) => {

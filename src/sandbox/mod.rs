@@ -31,7 +31,8 @@
 //! **Core dumps** leave out guest memory (`mem/map.rs`). `PR_SET_DUMPABLE` stays: without it the process's own `/proc`
 //! belongs to root, and neither operators nor support can look at a hanging disk. `--user` clears it anyway (the kernel does).
 //!
-//! A kernel without one of these is named in a warning, and served without it.
+//! What a kernel has not, or what a container or service manager forbids (its own filters answer EPERM), is named in a warning; it is
+//! served without it.
 #![deny(unsafe_code)]
 
 mod calls;
@@ -129,7 +130,7 @@ pub fn enter(allow: &Allow) -> Result<()> {
     REFUSES_FILES.store(files::restrict(allow)?, Ordering::Relaxed);
     if !refuses_files() {
         log::warn!(
-            "the kernel has no Landlock (CONFIG_SECURITY_LANDLOCK, lsm=): every file may be opened"
+            "the kernel has no Landlock (CONFIG_SECURITY_LANDLOCK, lsm=), or somebody forbids it: every file may be opened"
         );
     }
     privileges::bound_capabilities();
@@ -140,9 +141,12 @@ pub fn enter(allow: &Allow) -> Result<()> {
     for (filter, logged) in [(process, true), (quiet, false), (deadly, false)] {
         match privileges::filter_calls(filter, logged) {
             Ok(()) => {}
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS)) => {
+            Err(e)
+                if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EPERM)) =>
+            {
                 log::warn!(
-                    "the kernel has no seccomp filters (CONFIG_SECCOMP_FILTER): every system call may be made"
+                    "the kernel has no seccomp filters (CONFIG_SECCOMP_FILTER), or somebody else's forbid ours: no system call is \
+                     refused by us"
                 );
                 return Ok(());
             }
@@ -203,13 +207,18 @@ fn threads() -> io::Result<Vec<String>> {
     let stat = |task: std::fs::DirEntry| {
         std::fs::read_to_string(task.path().join("stat")).unwrap_or_default()
     };
-    Ok(tasks.flatten().map(stat).filter(|stat| !works_for_ring(stat)).map(name).collect())
+    Ok(tasks
+        .flatten()
+        .map(stat)
+        .filter(|stat| !works_for_ring(stat))
+        .map(|stat| name(&stat))
+        .collect())
 }
 
 /// The name in `/proc/PID/stat`: it may itself have parentheses.
-fn name(stat: String) -> String {
+fn name(stat: &str) -> String {
     let name = stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(')'));
-    name.map_or(stat.clone(), |(name, _)| name.to_owned())
+    name.map_or(stat, |(name, _)| name).to_owned()
 }
 
 /// Whether `/proc/PID/stat`, whose field 9 are the kernel's flags, is that of a ring's worker.

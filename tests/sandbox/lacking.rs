@@ -40,6 +40,8 @@ fn no_privileges_are_needed() {
             fs::set_permissions(&copy, Permissions::from_mode(0o755)).unwrap();
             program.uid(NOBODY).gid(NOBODY);
         }
+        // Nothing to give up: it does not matter that somebody forbids to.
+        refuse(&mut program, &[libc::SYS_capset], libc::EPERM);
         let root_node = node(&path, "raw", Engine { aio, direct: false });
         let nodes = [(root_node, "root")];
         let more = ["--log-level=warn"];
@@ -54,19 +56,24 @@ fn no_privileges_are_needed() {
     }
 }
 
-/// The program, for which each of `calls` fails with `errno`, and two disks. What it says at its start.
-fn without(calls: &[libc::c_long], errno: i32, aio: &'static str) -> String {
+/// Has each of `calls` fail with `errno` in `program`.
+fn refuse(program: &mut Command, calls: &[libc::c_long], errno: i32) {
     let rules = calls.iter().map(|call| (*call, Vec::new())).collect();
     let action = SeccompAction::Errno(errno.cast_unsigned());
     let arch = TargetArch::try_from(std::env::consts::ARCH).unwrap();
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, action, arch).unwrap();
     let filter: seccompiler::BpfProgram = filter.try_into().unwrap();
-    let mut program = program();
     let apply = move || {
         seccompiler::apply_filter(&filter).map_err(|_| std::io::ErrorKind::PermissionDenied.into())
     };
     // SAFETY: between fork and exec only system calls are made.
     unsafe { program.pre_exec(apply) };
+}
+
+/// The program, for which each of `calls` fails with `errno`, and two disks. What it says at its start.
+fn without(calls: &[libc::c_long], errno: i32, aio: &'static str) -> String {
+    let mut program = program();
+    refuse(&mut program, calls, errno);
     let images = [Image::new(8 * MIB), Image::new(8 * MIB)];
     let named = |at: usize, name: &'static str| {
         let mut node = node(&images[at].path(), "raw", Engine { aio, direct: false });
@@ -107,13 +114,15 @@ fn kernels_without_landlock() {
         libc::SYS_landlock_add_rule,
         libc::SYS_landlock_restrict_self,
     ];
-    for errno in [libc::ENOSYS, libc::EOPNOTSUPP] {
+    for errno in [libc::ENOSYS, libc::EOPNOTSUPP, libc::EPERM] {
         assert_said_once(&without(&calls, errno, "threads"), "no Landlock");
     }
 }
 
 #[test]
 fn kernels_without_seccomp() {
-    let log = without(&[libc::SYS_seccomp], libc::ENOSYS, "threads");
-    assert_said_once(&log, "no seccomp filters");
+    for errno in [libc::ENOSYS, libc::EPERM] {
+        let log = without(&[libc::SYS_seccomp], errno, "threads");
+        assert_said_once(&log, "no seccomp filters");
+    }
 }

@@ -215,3 +215,25 @@ fn what_is_opened_late_is_what_was_there() {
     drop(client);
     confined.end();
 }
+
+/// What it keeps beside an image that it opens late, and closes again.
+#[test]
+fn an_image_that_is_opened_late_has_its_journal() {
+    let (image, state) = (Image::new(0), tempfile::tempdir().unwrap());
+    create_qcow2(&image.path());
+    let program = Command::new(env!("CARGO_BIN_EXE_vhost-user-blk"));
+    let nodes = [(node(&image.path(), "qcow2", ENGINES[0]), "root")];
+    let more = [&*format!("--state-dir={}", state.path().display()), "--log-level=warn"];
+    let dir = tempfile::tempdir().unwrap();
+    let options = "writable=on,activate=auto";
+    let confined = Confined::start_as(program, dir, &nodes, options, &more, &[]);
+    let kept = || fs::read_dir(state.path()).unwrap().count();
+    for _ in 0..2 {
+        let mut client = confined.connect("root", small());
+        exercise(&mut client, &mut Random(6));
+        assert_eq!(kept(), 1, "{}", confined.log());
+        client.stop().unwrap();
+        assert_eq!(kept(), 0, "{}", confined.log());
+    }
+    confined.end();
+}
