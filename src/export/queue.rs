@@ -466,7 +466,10 @@ impl Queue {
 
     fn break_ring(&mut self, why: &str) {
         log::warn!("export '{}': queue {} is broken: {why}", self.shared.id, self.index);
-        self.state = State::Broken;
+        // Whoever waits for the ring to stop waits on for what is in flight.
+        if !matches!(self.state, State::Stopping(_) | State::Suspending(_)) {
+            self.state = State::Broken;
+        }
         if let Some(tracker) = &mut self.tracker {
             tracker.give_up();
         }
