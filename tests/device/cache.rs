@@ -114,7 +114,7 @@ fn what_is_under_way_is_made_stable_first() {
 }
 
 #[test]
-fn what_is_in_the_kernel_is_made_stable_first() {
+fn fast_lane_writes_under_way_are_made_stable_first() {
     let (graph, probe) = Probe::graph(1 << 20, json!({"jammed": true}));
     let _open = Opener(Arc::clone(&probe));
     let disk = Disk::serve(graph, "root", config());
