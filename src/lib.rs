@@ -64,7 +64,7 @@
 //! ```
 //!
 //! Most requests of a disk in use take the fast lane as on a raw file: their entries are in memory, and the tables change in memory
-//! first. What makes that safe is the order in which tables go to disk, and that no cluster is given away while somebody may
+//! first; a journal of these changes outlives the process. What makes that safe is the order in which tables go to disk, and that no cluster is given away while somebody may
 //! still use it. [`block::drivers::qcow2`] has the picture; `tests/simulation` tries to prove it wrong.
 //!
 //! # What must hold
@@ -76,7 +76,9 @@
 //! 4. No input of a guest, front end or image ends the process or stops another queue: a bad chain is answered with an
 //!    error where its status byte can be reached, else its queue breaks.
 //! 5. After a power cut at any moment a qcow2 image is valid but for leaked clusters, and has everything that was flushed.
-//! 6. Nothing in [`block::graph`] knows a driver by name: a driver is one file and one line in
+//! 6. After a SIGKILL at any moment whoever opens the image next, with the same `--state-dir`, has every write that was acknowledged,
+//!    flushed or not.
+//! 7. Nothing in [`block::graph`] knows a driver by name: a driver is one file and one line in
 //!    [`block::drivers::TABLE`].
 //!
 //! # Where this differs from the design it started from

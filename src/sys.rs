@@ -107,6 +107,9 @@ pub fn processors() -> usize {
     *COUNT.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
+/// Where the kernel says which boot of the machine this is.
+pub const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
 /// Tells the C library's allocator how many arenas it may have: as many as it takes by itself (eight for each processor).
 /// Otherwise it asks for the number of processors with the ninth, in files that a sandbox hides.
 pub fn limit_arenas() {

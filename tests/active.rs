@@ -60,6 +60,7 @@ fn an_image_goes_back_and_forth() {
     let data: Vec<Vec<u8>> = (0..20).map(|_| random.bytes(64 << 10)).collect();
     here.queue(0).write(0, &data[0]).unwrap();
     assert!(!is_free_and_clean(&path), "the source has its locks");
+    assert_eq!(source.journals(), 1);
 
     // The destination starts, and answers its front end, while the source has the image.
     let destination = Program::start(&nodes(&path), &[("root", AUTO)]);
@@ -74,9 +75,11 @@ fn an_image_goes_back_and_forth() {
     // Not flushed by the guest: the stop does.
     here.stop().unwrap();
     assert!(is_free_and_clean(&path), "after the answer to GET_VRING_BASE nothing is held");
+    assert_eq!((source.journals(), destination.journals()), (0, 0));
 
     resume(&mut there).unwrap();
     assert!(!is_free_and_clean(&path), "the destination has the locks");
+    assert_eq!((source.journals(), destination.journals()), (0, 1));
     for (i, chunk) in (0..).zip(&data) {
         let mut read = vec![0; chunk.len()];
         there.queue(i % 2).read(i as u64 * MIB / 512, &mut read).unwrap();

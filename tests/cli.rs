@@ -309,6 +309,11 @@ fn blkdebug_as_qemu() {
 }
 
 #[test]
+fn blklogwrites_as_qemu() {
+    compare("blklogwrites");
+}
+
+#[test]
 fn qcow2_as_qemu() {
     compare("qcow2");
 }

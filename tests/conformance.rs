@@ -14,6 +14,7 @@ use drivers::bed::{Layout, Loop, Setup, directory, image};
 use drivers::sequence::Run;
 use drivers::{Rng, Scatter, assert_same, strict, waits};
 use serde_json::{Value, json};
+use vhost_user_blk::block::perm::Perms;
 use vhost_user_blk::block::{Graph, Node, Op, WriteFlags, ZeroFlags};
 use vhost_user_blk::error::Errno;
 use vhost_user_blk::mem::Sg;
@@ -75,6 +76,37 @@ fn raw_window() {
 fn blkdebug() {
     every_engine(Layout::Debug(512), &[8 * MIB]);
     every_engine(Layout::Debug(4096), &[8 * MIB]);
+}
+
+#[test]
+fn blklogwrites() {
+    every_engine(Layout::Log(512, false), &[2 * MIB]);
+    every_engine(Layout::Log(4096, true), &[2 * MIB]);
+}
+
+/// What is not in the log is not done.
+#[test]
+fn a_write_that_cannot_be_logged_fails() {
+    let dir = directory();
+    let file = |name: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+        json!({ "driver": "file", "filename": path })
+    };
+    let full = json!([{ "event": "pwritev", "errno": 28, "once": true }]);
+    let log = json!({ "driver": "blkdebug", "image": file("log"), "inject-error": full });
+    let top = json!({
+        "driver": "blklogwrites", "node-name": "top", "file": file("disk"), "log": log,
+    });
+    let (graph, Value::Object(options)) = (Graph::new(), top) else { unreachable!() };
+    let node = graph.add(options).unwrap();
+    let user = graph.attach_root(&node, "the test", Perms::device(true)).unwrap();
+    assert_eq!(write(&node, 0, &[1; 512]), Err(Errno(libc::ENOSPC)));
+    write(&node, 0, &[2; 512]).unwrap();
+    drop(user);
+    let log = std::fs::read(dir.path().join("log")).unwrap();
+    // The first sector, the header of the request that failed and its data, and of the one that did not.
+    assert_eq!((&log[2 * 512..3 * 512], &log[4 * 512..5 * 512]), (&[0; 512][..], &[2; 512][..]));
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -94,15 +95,32 @@ impl Served {
 
     /// Boots a guest on the disk and runs `scripts` of contrib/guest/tests in it.
     fn guest(&self, scripts: &[&str], more: &[&str]) {
-        let mut run = Command::new(root().join("contrib/guest/run"));
-        run.args(["--timeout", "240", "--socket"]).arg(&self.socket).args(more);
-        for script in scripts {
-            run.arg("--script").arg(root().join("contrib/guest/tests").join(script));
+        guest_on(&self.socket, scripts, more);
+    }
+
+    /// SIGKILL once it has written something, then the next program; the kernel may keep the locks of the killed one's last
+    /// requests for a moment. Not if `over`.
+    fn kill_amid_writes(&mut self, over: impl Fn() -> bool) -> bool {
+        let written = || std::fs::metadata(&self.image).unwrap().modified().unwrap();
+        let before = written();
+        while written() == before {
+            if over() {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
-        let out = run.stdin(Stdio::null()).output().unwrap();
-        let text = String::from_utf8_lossy(&out.stdout);
-        let errors = String::from_utf8_lossy(&out.stderr);
-        assert!(out.status.success(), "guest: {}\n{text}\n{errors}", out.status);
+        self.program.kill().unwrap();
+        self.program.wait().unwrap();
+        self.program = self.command.spawn().unwrap();
+        let start = Instant::now();
+        while UnixStream::connect(&self.socket).is_err() {
+            assert!(start.elapsed() < Duration::from_secs(10), "nobody listens");
+            if self.program.try_wait().unwrap().is_some() {
+                self.program = self.command.spawn().unwrap();
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        true
     }
 
     /// Bytes of the host's disk that the image takes.
@@ -125,6 +143,19 @@ impl Served {
         assert_eq!(status.code(), Some(0));
         assert!(!self.socket.exists(), "the socket is left behind");
     }
+}
+
+/// Boots a guest on the disk at `socket` and runs `scripts` of contrib/guest/tests in it.
+fn guest_on(socket: &Path, scripts: &[&str], more: &[&str]) {
+    let mut run = Command::new(root().join("contrib/guest/run"));
+    run.args(["--timeout", "240", "--socket"]).arg(socket).args(more);
+    for script in scripts {
+        run.arg("--script").arg(root().join("contrib/guest/tests").join(script));
+    }
+    let out = run.stdin(Stdio::null()).output().unwrap();
+    let text = String::from_utf8_lossy(&out.stdout);
+    let errors = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "guest: {}\n{text}\n{errors}", out.status);
 }
 
 impl Drop for Served {
@@ -173,6 +204,24 @@ fn packed_rings() {
     // Another guest, with short rings (its firmware's are split, and can have no odd size); then one with split rings.
     disk.guest(&["packed.sh", "fio-verify.sh"], &[&packed[..], &["--queue-size", "16"]].concat());
     disk.guest(&["fio-verify.sh"], &[]);
+    disk.stop();
+}
+
+/// The program is killed while fio writes through packed rings, and another goes on: fio's checksums are right, and the guest's
+/// kernel has nothing to say.
+#[test]
+fn packed_rings_of_a_program_that_is_killed() {
+    const KILLS: u32 = 6;
+    let _alone = alone();
+    let mut disk = Served::start(256, ",cache.direct=on", ",writable=on");
+    let socket = disk.socket.clone();
+    let guest = std::thread::spawn(move || {
+        let packed = ["--device-opt", "packed=on", "--vcpus", "2", "--reconnect-ms", "50"];
+        guest_on(&socket, &["packed.sh", "fio-verify.sh"], &packed);
+    });
+    let kills = (0..KILLS).take_while(|_| disk.kill_amid_writes(|| guest.is_finished())).count();
+    guest.join().unwrap();
+    assert_eq!(kills, usize::try_from(KILLS).unwrap(), "the guest was done before");
     disk.stop();
 }
 

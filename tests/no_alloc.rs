@@ -158,7 +158,8 @@ fn config(name: &str) -> ExportConfig {
 }
 
 fn allocations(name: &str, node: Value, checked: bool) -> u64 {
-    let graph = Graph::new();
+    let (graph, state) = (Graph::new(), directory());
+    graph.set_state_dir(state.path().to_owned());
     let Value::Object(options) = node else { unreachable!() };
     let node = graph.add(options).unwrap();
     let export = Export::new(&graph, &node, config(name)).unwrap();

@@ -4,6 +4,9 @@
 
 mod common;
 
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::json;
@@ -174,6 +177,127 @@ fn a_hostile_guest_leaves_the_program_and_other_exports_alone() {
         good.queue(0).read(0, &mut [0; 512]).unwrap();
     }
     program.assert_alive();
+}
+
+/// The pool for calls that block is the process's, not each export's.
+#[test]
+fn threads_are_bounded_whatever_guests_do() {
+    const EXPORTS: usize = 8;
+    let images: Vec<Image> = (0..EXPORTS).map(|_| Image::new(4 * MIB)).collect();
+    let names: Vec<String> = (0..EXPORTS).map(|n| format!("n{n}")).collect();
+    let node = |(image, name): (&Image, &String)| {
+        let path = image.path();
+        json!({"driver": "file", "node-name": name, "filename": path, "aio": "threads"}).to_string()
+    };
+    let nodes: Vec<String> = images.iter().zip(&names).map(node).collect();
+    let exports: Vec<_> = names.iter().map(|name| (name.as_str(), WRITABLE)).collect();
+    let program = Program::start(&nodes, &exports);
+    let options = || Options { queues: 4, queue_size: 128, mem_size: 24 << 20, ..small() };
+    let mut clients: Vec<Client> =
+        names.iter().map(|name| program.connect(name, options())).collect();
+    let mut most = 0;
+    for _ in 0..4 {
+        for q in clients.iter_mut().flat_map(Client::queues_mut) {
+            for n in 0..32 {
+                let write = q.write_request(n * 128, &[1; 65536]).unwrap();
+                q.push(write).unwrap();
+            }
+            q.kick().unwrap();
+        }
+        let threads = program.threads();
+        most = most.max(threads.iter().filter(|(name, ..)| name == "blk-pool").count());
+        for q in clients.iter_mut().flat_map(Client::queues_mut) {
+            q.wait_all().unwrap();
+        }
+    }
+    // 1024 requests at once, each of which may block.
+    assert!((8..=64).contains(&most), "{most} threads of the pool");
+    // The main thread, upkeep; for each export its server and one worker for each processor at most.
+    let cores = std::thread::available_parallelism().unwrap().get();
+    let others = program.threads().len() - most.min(program.threads().len());
+    assert!(others <= 4 + EXPORTS * (1 + cores.min(4)), "{:?}", program.threads());
+}
+
+/// A second start with the image and the socket of a process that runs fails (a raw image may have several writers, as with
+/// QSD), and disturbs nobody.
+#[test]
+fn a_second_process_on_the_same_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2"]).arg(&image).arg("1M");
+    assert!(create.status().unwrap().success());
+    let file = json!({"driver": "file", "filename": image});
+    let root = json!({"driver": "qcow2", "node-name": "root", "file": file}).to_string();
+    let program = Program::start(std::slice::from_ref(&root), &[("root", WRITABLE)]);
+    let mut client = program.connect("root", small());
+    client.queue(0).write(0, &[7; 512]).unwrap();
+    let socket = program.path("root");
+    let there = std::fs::metadata(&socket).unwrap().ino();
+    let export = format!(
+        "type=vhost-user-blk,id=e,node-name=root,addr.type=unix,addr.path={},writable=on",
+        socket.display()
+    );
+    let second = Command::new(env!("CARGO_BIN_EXE_vhost-user-blk"))
+        .args(["--blockdev", &root, "--export", &export])
+        .output()
+        .unwrap();
+    assert!(!second.status.success());
+    let text = String::from_utf8_lossy(&second.stderr);
+    assert!(text.contains("lock"), "{text}");
+    assert_eq!(std::fs::metadata(&socket).unwrap().ino(), there);
+    client.queue(0).read(0, &mut [0; 512]).unwrap();
+    drop(client);
+    program.connect("root", small()).queue(0).read(0, &mut [0; 512]).unwrap();
+}
+
+/// Somebody has seen to the storage: SIGUSR1 has what failed and waits (`werror=stop`) tried again.
+#[test]
+fn a_signal_resumes() {
+    let image = Image::new(MIB);
+    let debug = json!({
+        "driver": "blkdebug", "image": {"driver": "file", "filename": image.path()},
+        "inject-error": [{"event": "none", "iotype": "write", "errno": 5, "once": true}],
+    });
+    let root = json!({"driver": "raw", "node-name": "root", "file": debug}).to_string();
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let to = ("warn", log.reopen().unwrap());
+    let program = Program::start_logging(&[root], &[("root", ",writable=on,werror=stop")], to);
+    let mut client = program.connect("root", small());
+    let q = client.queue(0);
+    let write = q.write_request(0, &[7; 512]).unwrap();
+    q.submit(write).unwrap();
+    let said = |what: &str| std::fs::read_to_string(log.path()).unwrap().contains(what);
+    eventually("it waits", || said("queue 0 waits for it to work"));
+    assert!(q.poll().unwrap().is_none());
+    vub_client::sys::kill(program.pid(), libc::SIGUSR1).unwrap();
+    assert_eq!(q.wait().unwrap().status, vub_client::Status::Ok);
+    eventually("it says so", || said("queue 0 goes on"));
+    assert_eq!(std::fs::read(image.path()).unwrap()[..512], [7; 512]);
+}
+
+/// What a guest can make the program say again and again does not fill a disk.
+#[test]
+fn a_guest_cannot_fill_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let to = ("info", File::create(&log).unwrap());
+    let program = Program::start_logging(&[null("root", 0)], &[("root", WRITABLE)], to);
+    let mut client = program.connect("root", small());
+    for n in (0..1000).map(|n: u32| u8::from(n % 2 == 0)) {
+        client.set_config(32, 0, &[n]).unwrap();
+        client.stop_queue(0).unwrap();
+        // The guest is ahead by more than the ring's size.
+        client.set_base(0, Base::At(2000));
+        client.start_queue(0).unwrap();
+        client.queue(0).wait_err().unwrap();
+    }
+    assert!(program.terminate().success());
+    let text = std::fs::read_to_string(&log).unwrap();
+    for what in ["cache is write-", "queue 0 is broken"] {
+        let lines = text.lines().filter(|line| line.contains(what)).count();
+        assert!((100..400).contains(&lines), "{lines} times: {what}");
+    }
 }
 
 /// The two arguments of libvirt, a guest, the end: data is where it belongs.

@@ -306,7 +306,7 @@ mod tests {
             (&["--help=1"], "option '--help' doesn't allow an argument"),
             (
                 &["--s"],
-                "option '--s' is ambiguous; possibilities: '--socket-path' '--socket-mode' '--strict-formats' '--sandbox'",
+                "option '--s' is ambiguous; possibilities: '--socket-path' '--socket-mode' '--state-dir' '--strict-formats' '--sandbox'",
             ),
         ] {
             assert_eq!(error(args), expected);

@@ -16,6 +16,7 @@ pub mod exports;
 pub mod getopt;
 pub mod help;
 pub mod listen;
+mod logging;
 pub mod objects;
 pub mod plan;
 pub mod session;
@@ -72,13 +73,14 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
             Side::Daemon(background) => Some(background),
         },
     };
-    start_logging(&settings);
+    logging::start(&settings);
     if let Err(e) = sys::raise_nofile_limit() {
         log::warn!("cannot raise the limit of open files: {e}");
     }
     if let Err(e) = sys::raise_memlock_limit() {
         log::warn!("cannot raise the limit of locked memory: {e}");
     }
+    settings.identity.announce();
     // Before the first thread: threads inherit the mask.
     let signals = Signals::block(&SIGNALS).map_err(|e| err!("cannot block signals: {e}"))?;
     let mut session = Session::new();
@@ -167,14 +169,4 @@ fn print(text: &str) -> Result<ExitCode> {
     let printed = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());
     printed.map_err(|e| Error::new(format!("cannot print: {e}")))?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Logs to the standard error: by `--log-level`, else by `RUST_LOG`, else warnings and errors.
-fn start_logging(settings: &Settings) {
-    let mut builder =
-        env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"));
-    if let Some(level) = &settings.log_level {
-        builder.parse_filters(level);
-    }
-    builder.init();
 }

@@ -22,6 +22,7 @@ use crate::error::Result;
 use crate::qapi::Input;
 use crate::rt::pool::pool;
 use crate::sandbox::{self, Allow};
+use crate::sys;
 use crate::vhost_user::Endpoint;
 
 /// The name of the node that `--blk-file` defines.
@@ -219,8 +220,15 @@ impl Session {
         let dirs = self.exports.places().filter_map(listen::Place::dir);
         dirs.for_each(|dir| allow.remove_in(dir));
         self.later.iter().for_each(|(path, writable)| allow.file(path, *writable));
-        // Journals come and go there with the nodes that are written to.
-        self.graph.state_dir().into_iter().for_each(|dir| allow.directory(dir));
+        // One that is not there was complained about, by who needed it.
+        match self.graph.state_dir().filter(|dir| dir.is_dir()) {
+            Some(dir) if self.later.is_empty() => allow.remove_in(dir),
+            Some(dir) => {
+                allow.directory(dir);
+                allow.file(sys::BOOT_ID, false);
+            }
+            None => {}
+        }
         // Threads made before are not restricted; these have nothing to do yet.
         self.graph.upkeep().pause();
         pool().retire();

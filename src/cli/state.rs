@@ -1,4 +1,7 @@
 //! `--state-dir`: where things are that must outlive the process, but not the machine's next boot.
+//!
+//! Not systemd's `$RUNTIME_DIRECTORY` by default: unless the unit says `RuntimeDirectoryPreserve=restart`, it goes when the
+//! service dies, which is what this is for.
 #![forbid(unsafe_code)]
 
 use std::fs::{self, DirBuilder};
@@ -10,6 +13,7 @@ use crate::sys;
 /// What it means to have none.
 pub const WEAKER: &str = "writes to qcow2 images that were acknowledged and not flushed do not survive \
      a crash of this program";
+
 /// The directory: what the user says, else the first of the usual ones that can be written to; `None`: none, or not wanted.
 /// A usual one is ours alone, and `owner`'s, who is to be the user of this process (`--user`).
 pub fn dir(given: Option<&str>, owner: Option<u32>) -> Option<PathBuf> {

@@ -30,7 +30,7 @@ mod active;
 mod cache;
 mod policy;
 mod queue;
-mod request;
+pub mod request;
 mod resize;
 mod worker;
 
@@ -112,13 +112,14 @@ impl Shared {
         if let Some(more) = self.may_report("stop", e) {
             let failed = self.describe(doing, e);
             log::error!("{failed}: queue {queue} waits for it to work{}", left_out(more));
+            lock(&self.reports).waits(queue);
         }
     }
 
-    /// Logs that it takes requests again.
+    /// Logs that it takes requests again, if it was logged that it did not.
     fn report_resume(&self, queue: u16) {
-        if let Some(more) = self.may_report("resume", Errno(0)) {
-            log::warn!("export '{}': queue {queue} goes on{}", self.id, left_out(more));
+        if lock(&self.reports).goes_on(queue) {
+            log::warn!("export '{}': queue {queue} goes on", self.id);
         }
     }
 

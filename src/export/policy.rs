@@ -82,6 +82,8 @@ impl OnErrors {
 pub struct Reports {
     last: Option<(Instant, &'static str, Errno)>,
     more: u64,
+    /// Queues of which it was reported that they wait.
+    waiting: Vec<u16>,
 }
 
 impl Reports {
@@ -94,6 +96,18 @@ impl Reports {
         }
         self.last = Some((now, what, errno));
         Some(std::mem::take(&mut self.more))
+    }
+
+    /// It has been reported that `queue` waits.
+    pub fn waits(&mut self, queue: u16) {
+        self.waiting.push(queue);
+    }
+
+    /// `queue` goes on. Whether that is to be reported: whoever was told the one must hear the other.
+    pub fn goes_on(&mut self, queue: u16) -> bool {
+        let before = self.waiting.len();
+        self.waiting.retain(|waiting| *waiting != queue);
+        self.waiting.len() != before
     }
 }
 

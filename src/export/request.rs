@@ -294,7 +294,6 @@ pub struct Slow {
     /// The root node.
     pub root: Arc<Node>,
     /// Keeps the ranges mapped.
-    #[expect(dead_code, reason = "held, not read")]
     pub map: Arc<GuestMap>,
     /// The data ranges of a transfer.
     pub iov: Vec<IoVec>,

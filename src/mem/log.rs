@@ -150,6 +150,27 @@ mod tests {
     }
 
     #[test]
+    fn a_ring_logs_what_it_was_told_to() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8 * LOG_PAGE).unwrap();
+        let region = Region::map(&file, 0, 0, 8 * LOG_PAGE, 0).unwrap();
+        let map = GuestMap::new(vec![Arc::new(region)]).unwrap();
+        let iov = [map.translate(2 * LOG_PAGE, 1).unwrap()];
+        for (data, used, want) in [
+            (false, None, vec![]),
+            (true, None, vec![2]),
+            (false, Some(5 * LOG_PAGE), vec![6]),
+            (true, Some(u64::MAX), vec![2]),
+        ] {
+            let (log, bitmap) = log(1, 0);
+            let ring = RingLog { log: Arc::new(log), data, used };
+            ring.mark_data(&map, &iov);
+            ring.mark_used(LOG_PAGE, 8);
+            assert_eq!(bits(&bitmap), want, "{data} {used:?}");
+        }
+    }
+
+    #[test]
     fn host_ranges_are_found_in_their_regions() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();

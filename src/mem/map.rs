@@ -92,6 +92,19 @@ impl Region {
         self.guard.as_ref().is_some_and(Guard::is_lost)
     }
 
+    /// Memory of no file: Miri knows no other.
+    #[cfg(test)]
+    pub(crate) fn anonymous(guest_addr: u64, user_addr: u64, size: u64) -> Region {
+        let mapping_len = usize::try_from(size).expect("64-bit hosts only");
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE);
+        let flags = flags | libc::MAP_ANONYMOUS;
+        // SAFETY: a fresh mapping at an address of the kernel's choice; no Rust object lives there.
+        let mapping = unsafe { libc::mmap(std::ptr::null_mut(), mapping_len, prot, flags, -1, 0) };
+        assert_ne!(mapping, libc::MAP_FAILED, "{}", Errno::last());
+        let host = mapping.cast();
+        Region { guest_addr, user_addr, size, host, mapping, mapping_len, guard: None }
+    }
+
     /// As if nobody guarded it.
     #[cfg(test)]
     pub(super) fn unguard(&mut self) {

@@ -5,6 +5,7 @@ use std::ffi::CString;
 use std::io;
 use std::mem::MaybeUninit;
 use std::ptr::null_mut;
+use std::sync::OnceLock;
 
 use seccompiler::BpfProgram;
 
@@ -27,6 +28,14 @@ pub struct Identity {
     /// The number of the user, and the name that its supplementary groups are looked up by, if it has one.
     user: Option<(libc::uid_t, Option<CString>)>,
     group: Option<libc::gid_t>,
+}
+
+/// Who this process will be once it serves, as far as that is somebody else.
+static FUTURE: OnceLock<(Option<libc::uid_t>, Option<libc::gid_t>)> = OnceLock::new();
+
+/// Who is to own files that are made now and needed later: user and group, as far as they are not who makes them.
+pub fn owner() -> (Option<libc::uid_t>, Option<libc::gid_t>) {
+    FUTURE.get().copied().unwrap_or_default()
 }
 
 /// The part of an entry that matters.
@@ -65,6 +74,11 @@ impl Identity {
     /// The numbers of user and group, as far as they are to change.
     pub fn numbers(&self) -> (Option<libc::uid_t>, Option<libc::gid_t>) {
         (self.user.as_ref().map(|(uid, _)| *uid), self.group)
+    }
+
+    /// Says that the process will become this: see [`owner`].
+    pub fn announce(&self) {
+        let _ = FUTURE.set(self.numbers());
     }
 
     /// Becomes this, with all threads, for ever.

@@ -216,13 +216,16 @@ pub fn send_now(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
+/// How often [`discard_input`] receives: thousands of replies, less than a full socket.
+const DISCARDS_MAX: usize = 256;
+
 /// Throws away what can be received without waiting.
 ///
 /// # Errors
-/// What `recv` says, except EAGAIN; `UnexpectedEof` if the peer is gone.
+/// What `recv` says, except EAGAIN; `UnexpectedEof` if the peer is gone, `QuotaExceeded` if it says more and more.
 pub fn discard_input(fd: BorrowedFd<'_>) -> io::Result<()> {
     let mut buf = [0; 256];
-    loop {
+    for _ in 0..DISCARDS_MAX {
         match receive_some(fd, &mut buf, &mut Incoming::default()) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(_) => {}
@@ -231,6 +234,7 @@ pub fn discard_input(fd: BorrowedFd<'_>) -> io::Result<()> {
             Err(e) => return Err(e),
         }
     }
+    Err(io::ErrorKind::QuotaExceeded.into())
 }
 
 /// The process at the other end of the connection, where the kernel knows it.

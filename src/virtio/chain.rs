@@ -7,6 +7,12 @@ use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRI
 /// sends more than seg_max), and this is QEMU's VIRTQUEUE_MAX_SIZE.
 pub const CHAIN_MAX: usize = 1024;
 
+/// The most ranges of one chain: a descriptor over regions that touch each other is several. A front end with hundreds of
+/// small regions could make its chains take any amount of our memory.
+pub const RANGES_MAX: usize = 4 * CHAIN_MAX;
+/// As many ranges have their place kept between chains.
+const RANGES_KEPT: usize = CHAIN_MAX;
+
 /// A ring that cannot go on, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Broken(pub &'static str);
@@ -64,13 +70,15 @@ pub struct Chain {
     pub readable: usize,
     /// Why the chain cannot be served as a request, if so.
     pub bad: Option<&'static str>,
-    /// The last descriptor that is not empty reaches out of guest memory: the chain's last byte is not there.
+    /// The last descriptor that is not empty reaches out of guest memory, or was one too many: the chain's last byte is not
+    /// there.
     pub cut: bool,
 }
 
 impl Chain {
     pub(super) fn clear(&mut self) {
         self.iov.clear();
+        self.iov.shrink_to(RANGES_KEPT);
         self.readable = 0;
         self.bad = None;
         self.cut = false;
@@ -92,6 +100,11 @@ impl Chain {
                 self.cut = true;
                 return;
             };
+            if self.iov.len() == RANGES_MAX {
+                self.bad = Some("a chain of too many ranges of memory");
+                self.cut = true;
+                return;
+            }
             self.iov.push(v);
             self.readable += usize::from(!writable);
             left -= v.len() as u64;

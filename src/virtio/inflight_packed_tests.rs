@@ -221,6 +221,9 @@ impl World {
         assert_eq!(covered, (0..taken).collect(), "lost");
         let next = self.seen(&(0..taken).collect::<Vec<_>>());
         assert_eq!(ring.base() & 0xffff, u32::from(position(next).bits()), "where it goes on");
+        let bytes = contents(&file);
+        let marked = (0..SIZE).filter(|e| bytes[at(*e, INFLIGHT)] != 0).count();
+        assert_eq!(marked, again.len(), "an entry may be another chain's, and no head, soon");
         self.end_all(scratch, (&mut ring, &mut tracker), done, &again);
     }
 

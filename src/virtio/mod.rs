@@ -4,6 +4,8 @@ pub mod blk;
 mod chain;
 pub mod inflight;
 mod inflight_packed;
+#[cfg(test)]
+mod interpreted_tests;
 pub mod packed;
 pub mod queue;
 pub mod ring;

@@ -137,6 +137,11 @@ impl Ring {
         self.next_avail
     }
 
+    /// The next used index to write; [`Ring::used_idx`] catches up with it.
+    pub fn next_used(&self) -> u16 {
+        self.next_used
+    }
+
     /// Goes on at another available index.
     pub fn set_next_avail(&mut self, next: u16) {
         self.next_avail = next;

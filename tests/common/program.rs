@@ -1,6 +1,7 @@
 //! The program itself, started as users of qemu-storage-daemon start it; what it costs, from `/proc`.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Instant;
@@ -35,8 +36,27 @@ impl Program {
         exports: &[(&str, &str)],
         state: Option<&Path>,
     ) -> Program {
+        Program::run(Command::new(program), nodes, exports, state)
+    }
+
+    /// Starts ours, and has what it logs from `level` on written to `log`.
+    pub fn start_logging(
+        nodes: &[String],
+        exports: &[(&str, &str)],
+        (level, log): (&str, File),
+    ) -> Program {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-blk"));
+        command.args(["--log-level", level]).stderr(log);
+        Program::run(command, nodes, exports, None)
+    }
+
+    fn run(
+        mut command: Command,
+        nodes: &[String],
+        exports: &[(&str, &str)],
+        state: Option<&Path>,
+    ) -> Program {
         let dir = tempfile::tempdir().unwrap();
-        let mut command = Command::new(program);
         command.env("XDG_RUNTIME_DIR", state.unwrap_or(dir.path()));
         for node in nodes {
             command.args(["--blockdev", node]);
@@ -50,6 +70,14 @@ impl Program {
         }
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
         Program { child, dir }
+    }
+
+    /// Journals of qcow2 images, unless they are kept elsewhere.
+    #[allow(dead_code, reason = "not all tests need it")]
+    pub fn journals(&self) -> usize {
+        let entries = std::fs::read_dir(self.dir.path()).unwrap();
+        let journal = |path: PathBuf| path.extension().is_some_and(|e| e == "journal");
+        entries.filter(|entry| journal(entry.as_ref().unwrap().path())).count()
     }
 
     /// The socket of a node's export.

@@ -1,10 +1,12 @@
 //! A guest that never stops while program after program is killed under it: writes, reads, flushes, discards against
-//! a model. Every acknowledged byte is there, flushed or not: the guest has not crashed.
+//! a model. Every acknowledged byte is there, flushed or not: the guest has not crashed. And one whose rings are stopped
+//! at once, and go on here or in the next program.
 
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use vub_client::{Client, Options};
+use vub_client::proto::pf;
+use vub_client::{Client, MemStyle, Options};
 
 use crate::common::{Engine, LIMIT, Random};
 use crate::format::Format;
@@ -27,6 +29,26 @@ struct Sum {
     resubmitted: usize,
     /// The longest time from a kill until the successor runs the rings.
     slowest: Duration,
+}
+
+impl Sum {
+    fn wait(&mut self, n: usize, ended: &Receiver<usize>) {
+        let mut seen = 0;
+        while seen < n {
+            // Nothing comes any more if a thread has failed: the scope says so.
+            let Ok(some) = ended.recv_timeout(LIMIT) else { return };
+            seen += some;
+        }
+        self.requests += seen;
+    }
+
+    /// One more end of a program, or of its rings, that left so many requests in flight.
+    fn count(&mut self, left: usize, ended: &Receiver<usize>) {
+        self.wait(1, ended);
+        self.kills += 1;
+        self.amid += u64::from(left > 0);
+        self.resubmitted += left;
+    }
 }
 
 fn number(variable: &str, otherwise: u64) -> u64 {
@@ -60,9 +82,12 @@ fn soak_on(format: &Format, engine: Engine, options: Options) {
             }
             drop(sender);
             for _ in 0..ROUND {
-                kill_once(&mut place, &mut client, &mut random, &ended, &mut sum, || {
-                    format.check(&image, &[0, 3]);
-                });
+                let check = || format.check(&image, &[0, 3]);
+                if client.has_protocol(pf::GET_VRING_BASE_INFLIGHT) {
+                    suspend_once(&mut place, &mut client, &mut random, &ended, &mut sum);
+                } else {
+                    kill_once(&mut place, &mut client, &mut random, &ended, &mut sum, check);
+                }
             }
             stop.now();
         });
@@ -76,12 +101,15 @@ fn soak_on(format: &Format, engine: Engine, options: Options) {
         client.queue(0).flush().unwrap();
         assert!(format.content(&image) == disk, "the image is what the guest sees");
     }
+    // What a thread or a format is at cannot be taken back: such stops may leave nothing.
+    let back = engine == URING && matches!(format, Format::Raw);
+    let awaited = client.has_protocol(pf::GET_VRING_BASE_INFLIGHT) && !back;
     drop(client);
     place.terminate();
     assert_eq!(place.state_files(), [] as [String; 0], "nothing is left of an orderly end");
     format.check(&image, &[0, 3]);
     println!("{format:?} {engine:?} {queues} queues, packed {packed}: {sum:?}");
-    assert!(sum.amid > 0 && sum.resubmitted > 0, "{sum:?}");
+    assert!(awaited || sum.amid > 0 && sum.resubmitted > 0, "{sum:?}");
 }
 
 /// Waits for some completions, kills at some moment, and has a successor serve the guest.
@@ -93,23 +121,7 @@ fn kill_once(
     sum: &mut Sum,
     examine: impl Fn(),
 ) {
-    let most = [8, 300][usize::from(random.below(3) > 0)];
-    let wanted = usize::try_from(random.below(most)).unwrap();
-    let mut wait = |n: usize| {
-        let mut seen = 0;
-        while seen < n {
-            // Nothing comes any more if a thread has failed: the scope says so.
-            let Ok(some) = ended.recv_timeout(LIMIT) else { return };
-            seen += some;
-        }
-        sum.requests += seen;
-    };
-    wait(wanted);
-    let pause = Instant::now();
-    // Not only when something has just ended.
-    while pause.elapsed() < Duration::from_micros(random.below(3000)) {
-        std::hint::spin_loop();
-    }
+    wait_somewhat(random, ended, sum);
     place.kill();
     if random.below(4) == 0 {
         examine();
@@ -121,10 +133,43 @@ fn kill_once(
     let base = bases(client.has_feature(34))[usize::from(random.below(2) == 0)];
     client.reconnect(place.socket(), base).unwrap();
     sum.slowest = sum.slowest.max(killed.elapsed());
-    wait(1);
-    sum.kills += 1;
-    sum.amid += u64::from(left > 0);
-    sum.resubmitted += left;
+    sum.count(left, ended);
+}
+
+/// Stops the rings at some moment; every other time another program takes them over. Its region goes with it, as in a
+/// migration.
+fn suspend_once(
+    place: &mut Place,
+    client: &mut Client,
+    random: &mut Random,
+    ended: &Receiver<usize>,
+    sum: &mut Sum,
+) {
+    wait_somewhat(random, ended, sum);
+    let stopped = Instant::now();
+    client.stop().unwrap();
+    let left: usize = (0..4.min(queues(client))).map(|q| in_flight(client, q)).sum();
+    ended.try_iter().for_each(drop);
+    if random.below(2) == 0 {
+        client.start().unwrap();
+    } else {
+        place.kill();
+        place.restart();
+        client.reconnect(place.socket(), bases(client.has_feature(34))[0]).unwrap();
+    }
+    sum.slowest = sum.slowest.max(stopped.elapsed());
+    sum.count(left, ended);
+}
+
+/// Waits for some completions, and then for any moment.
+fn wait_somewhat(random: &mut Random, ended: &Receiver<usize>, sum: &mut Sum) {
+    let most = [8, 300][usize::from(random.below(3) > 0)];
+    sum.wait(usize::try_from(random.below(most)).unwrap(), ended);
+    let pause = Instant::now();
+    // Not only when something has just ended.
+    while pause.elapsed() < Duration::from_micros(random.below(3000)) {
+        std::hint::spin_loop();
+    }
 }
 
 fn queues(client: &Client) -> u64 {
@@ -169,6 +214,32 @@ fn four_packed_queues_of_direct_chains() {
 #[test]
 fn one_packed_queue_through_the_page_cache() {
     soak(THREADS, options(1, true));
+}
+
+fn suspending(options: Options) -> Options {
+    let want_protocol = options.want_protocol | 1 << pf::GET_VRING_BASE_INFLIGHT;
+    // A table may be sent again.
+    Options { want_protocol, mem_style: MemStyle::Table, ..options }
+}
+
+#[test]
+fn rings_are_stopped_at_once() {
+    soak(URING, suspending(options(2, false)));
+}
+
+#[test]
+fn packed_rings_are_stopped_at_once() {
+    soak(URING, suspending(options(2, true)));
+}
+
+#[test]
+fn packed_rings_are_stopped_at_once_through_the_page_cache() {
+    soak(THREADS, suspending(options(4, true)));
+}
+
+#[test]
+fn packed_rings_of_a_qcow2_disk_are_stopped_at_once() {
+    soak_on(&QCOW2, URING, suspending(options(2, true)));
 }
 
 #[test]

@@ -1,14 +1,16 @@
 //! A guest that lies about its ring: that queue breaks and says so; the others, other exports, and the queue itself
 //! after a new start go on.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use vub_client::proto::{header, req};
 use vub_client::ring::{DESC_LEN, Desc, F_INDIRECT, F_NEXT, F_WRITE, RingMem, write_desc};
-use vub_client::{Base, Buf, Client, Options, Queue};
+use vub_client::{Base, Buf, Client, Conn, Options, Queue};
 
 use crate::common::probe::{Opener, Probe};
-use crate::common::{Disk, MIB, Random, config, eventually, small};
+use crate::common::{Disk, MIB, Random, config, eventually, rerun, small, status_line};
 
 const SIZE: u16 = 64;
 /// An address where no memory is.
@@ -308,4 +310,42 @@ fn scribble(ring: &RingMem, scratch: &Buf, random: &mut Random) {
     let kind = [0u64, 1, 4, 8, 11, 13][usize::try_from(random.below(6)).unwrap()];
     scratch.write(at, &kind.to_le_bytes());
     scratch.write(at + 8, &random.below(2100).to_le_bytes());
+}
+
+/// Bytes of this process in memory.
+fn resident() -> u64 {
+    status_line(Path::new("/proc/self/status"), "VmRSS") << 10
+}
+
+/// Front ends that come, go in the middle of a message with a descriptor, or run a ring, ten thousand times.
+#[test]
+fn ten_thousand_front_ends_leave_nothing() {
+    const NAME: &str = "hostile::ten_thousand_front_ends_leave_nothing";
+    // What it counts is all of the process's.
+    if std::env::var_os("VUB_ALONE").is_none() {
+        rerun(&[NAME, "--exact"], &[("VUB_ALONE", "1")]);
+        return;
+    }
+    let disk = Disk::null(MIB, config());
+    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    // When one is answered, those before it are gone. Workers start with the first queues, and stay.
+    let run = || disk.connect(options()).queue(1).read(0, &mut [1; 4096]).unwrap();
+    let come_and_go = |count: usize| {
+        for i in 0..count {
+            if i % 100 == 0 {
+                run();
+            } else {
+                let conn = Conn::connect(disk.path()).unwrap();
+                let message = header(req::SET_VRING_KICK, 1, 8);
+                conn.send_bytes(&message[..1 + i % message.len()], &[0]).unwrap();
+            }
+        }
+        run();
+    };
+    come_and_go(1000);
+    let (memory, files) = (resident(), open());
+    come_and_go(9000);
+    eventually("as many descriptors as before", || open() == files);
+    let more = resident().saturating_sub(memory);
+    assert!(more < 4 << 20, "{more} bytes more than before");
 }

@@ -241,7 +241,7 @@ fn regions_of_packed_rings() {
         assert_eq!((desc.mmap_size, desc.queue_size), (2 * part, 128));
         let file = File::from(fd.try_clone().unwrap());
         assert_eq!(file.metadata().unwrap().len(), 2 * part);
-        let mut given = desc.clone();
+        let mut given = *desc;
         given.mmap_size -= 1;
         let set = |desc: &vub_client::proto::InflightDesc| {
             client.conn.set(req::SET_INFLIGHT_FD, &desc.to_body(), &[fd.as_raw_fd()])

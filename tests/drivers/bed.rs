@@ -21,6 +21,8 @@ pub enum Layout {
     Window(u64, u64),
     /// `blkdebug` with blocks of so many bytes and short requests.
     Debug(u32),
+    /// `blklogwrites` with sectors of so many bytes; with marks of what is done if so.
+    Log(u32, bool),
     /// A loop device with sectors of this many bytes.
     HostDevice(u32),
 }
@@ -87,6 +89,15 @@ impl Setup {
                 for unit in ["opt-write-zero", "opt-discard"] {
                     top[unit] = json!(8 << 10);
                 }
+            }
+            Layout::Log(sector, completions) => {
+                top["driver"] = json!("blklogwrites");
+                let log = image.with_extension("log");
+                std::fs::write(&log, "").unwrap();
+                top["log"] = json!({ "driver": "file", "filename": log, "aio": self.aio });
+                (top["file"], top["log-sector-size"]) = (file, json!(sector));
+                (top["log-completions"], top["log-super-update-interval"]) =
+                    (json!(completions), json!(3));
             }
             Layout::Window(offset, size) => {
                 top["driver"] = json!("raw");

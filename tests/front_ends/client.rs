@@ -167,10 +167,13 @@ impl Client {
         }
     }
 
-    /// Negotiates `protocol` (all that is offered, if it is `None`) and what the device offers.
+    /// Negotiates `protocol` (all that is offered, if it is `None`, but what a front end wants on purpose only: rings that are
+    /// not drained) and what the device offers.
     pub fn handshake(&self, protocol: Option<u64>) {
         let offered = self.get_u64(GET_FEATURES);
-        let protocol = protocol.unwrap_or_else(|| self.get_u64(GET_PROTOCOL_FEATURES));
+        let protocol = protocol.unwrap_or_else(|| {
+            self.get_u64(GET_PROTOCOL_FEATURES) & !Protocol::GET_VRING_BASE_INFLIGHT.bits()
+        });
         self.set(SET_PROTOCOL_FEATURES, &u64_bytes(protocol), &[]);
         self.set(SET_OWNER, &[], &[]);
         self.set(SET_FEATURES, &u64_bytes(offered), &[]);

@@ -94,9 +94,17 @@ fn c5_transfers_that_go_wrong() {
     let f = Fixture::new();
     let client = f.connect();
     assert_eq!(client.get_u64(CHECK_DEVICE_STATE), 1, "there was none");
+    for (direction, phase) in [(2, 0), (STATE_SAVE, 1), (STATE_LOAD, 1)] {
+        // Both ends are there: nothing else is wrong.
+        let (reader, writer) = pipe().unwrap();
+        let fd: OwnedFd = if direction == STATE_LOAD {
+            reader.try_clone().unwrap().into()
+        } else {
+            writer.into()
+        };
+        assert_eq!(transfer(&client, direction, phase, fd), BAD, "{direction} {phase}");
+    }
     let writer = || pipe().unwrap().1;
-    assert_eq!(transfer(&client, 2, 0, writer()), BAD, "a direction");
-    assert_eq!(transfer(&client, STATE_SAVE, 1, writer()), BAD, "a phase");
     // Nobody reads, nobody can read, nobody ever will.
     assert_eq!(transfer(&client, STATE_SAVE, 0, writer()), BAD);
     let (reader, mut full) = pipe().unwrap();

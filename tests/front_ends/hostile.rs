@@ -4,9 +4,11 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
-use std::sync::PoisonError;
+use std::os::unix::net::UnixStream;
+use std::sync::{Barrier, PoisonError};
 use std::time::Duration;
 
+use vhost_user_blk::vhost_user::Told;
 use vhost_user_blk::vhost_user::message::*;
 
 use crate::client::*;
@@ -307,4 +309,60 @@ fn random_conversations_leave_nothing_behind() {
         f.device.until_gone();
     }
     assert_eq!(settled(), before);
+}
+
+/// What a front end must say before its rings run, in the wrong order and again and again: when all is said, they run.
+#[test]
+fn out_of_order_and_repeated() {
+    let f = Fixture::new();
+    let client = f.connect();
+    let offered = client.get_u64(GET_FEATURES);
+    client.set(SET_PROTOCOL_FEATURES, &u64_bytes(client.get_u64(GET_PROTOCOL_FEATURES)), &[]);
+    for round in 0..3 {
+        for _ in 0..2 {
+            client.set(SET_VRING_ENABLE, &state_bytes(0, 1), &[]);
+            client.set(SET_VRING_KICK, &u64_bytes(0), &[event()]);
+            client.set(SET_VRING_ADDR, &addr_bytes(0, ring_addr(0)), &[]);
+        }
+        client.set(SET_VRING_BASE, &state_bytes(0, 7), &[]);
+        client.set(SET_VRING_NUM, &state_bytes(0, 128), &[]);
+        client.set(SET_VRING_KICK, &u64_bytes(0), &[event()]);
+        client.give_memory();
+        client.sync();
+        if round == 0 {
+            assert_eq!(f.device.rest(), Vec::<String>::new(), "without features nothing runs");
+        }
+        client.set(SET_FEATURES, &u64_bytes(offered), &[]);
+        client.set(SET_FEATURES, &u64_bytes(offered), &[]);
+        client.sync();
+        let calls = f.device.rest();
+        assert!(calls.iter().any(|c| c.starts_with("start 0 base=7 size=128")), "{calls:?}");
+        assert_eq!(f.device.running(), 1, "{calls:?}");
+        assert_eq!([0; 3].map(|_| client.get_base(0)), [7; 3]);
+        assert_eq!(f.device.running(), 0);
+        f.device.rest();
+    }
+}
+
+/// Who has a resize to tell is not kept by a front end that says more and more on the channel for it.
+#[test]
+fn a_flooded_channel_keeps_nobody() {
+    let f = Fixture::new();
+    let client = f.connect();
+    client.start();
+    let (theirs, ours) = UnixStream::pair().unwrap();
+    assert!(client.ask(SET_BACKEND_REQ_FD, &[], &[ours.into()]));
+    let (full, flood) = (Barrier::new(2), [7; 1 << 16]);
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            (&theirs).write_all(&flood).unwrap_or_default();
+            full.wait();
+            // Until nobody listens any more.
+            while (&theirs).write_all(&flood).is_ok() {}
+        });
+        full.wait();
+        let change = f.server.as_ref().unwrap().config_change();
+        while change.changed() != Told::NoChannel {}
+    });
+    client.sync();
 }

@@ -105,6 +105,42 @@ fn q2_q8_the_region_is_used_until_a_reset() {
     f.device.expect(&[FEATURES_CALL, "start 0 base=0 size=128 kick call"]);
 }
 
+/// Q14. The feature decides: who has not acknowledged it gets drained rings.
+#[test]
+fn q14_a_ring_stops_at_once_if_that_is_negotiated() {
+    let f = Fixture::new();
+    for (protocol, how) in [(Some(0x19b22b), "suspend"), (None, "stop")] {
+        let client = f.connect();
+        client.handshake(protocol);
+        client.give_memory();
+        let (reply, file) = get(&client, desc(0, 2, 128));
+        assert!(client.ask(SET_INFLIGHT_FD, &reply, &[file.unwrap().into()]));
+        client.set_up_ring(0, 128, 5);
+        let enable = |on| assert!(client.ask(SET_VRING_ENABLE, &state_bytes(0, on), &[]));
+        let started = |base| format!("start 0 base={base} size=128 kick call inflight");
+        let ended = format!("{how} 0");
+        enable(1);
+        f.device.expect(&[FEATURES_CALL, &started(5)]);
+        f.device.set_progress(0, 3);
+        assert_eq!(client.get_base(0), 8);
+        f.device.expect(&[&ended]);
+        // QEMU disables rings before it asks for their bases.
+        client.set_up_ring(0, 128, 8);
+        f.device.expect(&[&started(8)]);
+        enable(0);
+        f.device.expect(&[&ended]);
+        assert_eq!(client.get_base(0), 8);
+        enable(1);
+        client.set_up_ring(0, 128, 8);
+        f.device.expect(&[&started(8)]);
+        // What nobody asks to hurry is drained.
+        assert!(client.ask(RESET_DEVICE, &[], &[]));
+        f.device.expect(&["stop 0", "features 0x0"]);
+        drop(client);
+        f.device.expect(&["gone"]);
+    }
+}
+
 #[test]
 fn a_ring_that_has_no_place_in_it_runs_without() {
     let f = Fixture::new();

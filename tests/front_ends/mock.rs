@@ -191,6 +191,15 @@ impl Device for Mock {
         setup.map(|s| u16::try_from(s.base).expect("split").wrapping_add(progress).into())
     }
 
+    fn suspend_queue(&self, index: u16) -> Option<u32> {
+        let mut state = self.state();
+        let setup = state.running.remove(&index);
+        let progress = state.progress.remove(&index).unwrap_or(0);
+        drop(state);
+        self.record(format!("suspend {index}"));
+        setup.map(|s| u16::try_from(s.base).expect("split").wrapping_add(progress).into())
+    }
+
     fn set_call(&self, index: u16, call: Option<std::os::fd::OwnedFd>) {
         self.check(self.state().running.contains_key(&index), "set_call on a stopped ring");
         self.record(format!("call {index} {}", call.is_some()));

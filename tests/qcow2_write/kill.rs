@@ -2,7 +2,7 @@
 //! most, and the next program opens it and goes on.
 
 use std::sync::mpsc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vub_client::Client;
 
@@ -162,4 +162,36 @@ fn subclusters() {
 fn lazy_refcounts() {
     let options = "lazy_refcounts=on,cluster_size=4k";
     kill_often(Image { options, cluster: 4096, overlay: false, size: SIZE }, THREADS);
+}
+
+/// Counting the refcounts of such an image takes seconds: a successor makes do with what the journal speaks of.
+#[test]
+fn a_large_image_is_back_soon() {
+    let dirs = Dirs::new();
+    dirs.create("a", "preallocation=metadata", &["1T"]);
+    let path = dirs.path("a");
+    let program = start(&path, How::default());
+    let mut client = connect(&program, 1);
+    let q = client.queue(0);
+    let place = |n: u64| n << 24;
+    for n in 0..100 {
+        q.discard(place(n), 8 << 11).unwrap();
+        q.write(place(n), &[7; 4096]).unwrap();
+    }
+    program.kill();
+    drop(client);
+    let begun = Instant::now();
+    let program = start(&path, How::default());
+    let mut client = connect(&program, 1);
+    let mut read = [0; 4096];
+    client.queue(0).read(0, &mut read).unwrap();
+    let took = begun.elapsed();
+    println!("from the start to the first read: {took:?}");
+    assert!(took < Duration::from_secs(3), "{took:?}");
+    for n in 0..100 {
+        client.queue(0).read(place(n), &mut read).unwrap();
+        assert!(read == [7; 4096], "{n}");
+        client.queue(0).read(place(n) + 128, &mut read).unwrap();
+        assert!(read == [0; 4096], "{n}");
+    }
 }

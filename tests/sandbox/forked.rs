@@ -25,7 +25,8 @@ fn forked(what: impl FnOnce() -> bool) -> ExitStatus {
         if pid == 0 {
             let said = catch_unwind(AssertUnwindSafe(what));
             if let Err(panic) = &said {
-                let text = panic.downcast_ref::<String>().cloned().unwrap_or_default();
+                let text = panic.downcast_ref::<String>().map_or("?", String::as_str);
+                let text = format!("\n{text}\n");
                 libc::write(2, text.as_ptr().cast(), text.len());
             }
             libc::_exit(said.map_or(PANICKED, |yes| i32::from(!yes)));

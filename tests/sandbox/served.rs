@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::json;
@@ -13,6 +13,13 @@ use vub_client::{Base, Client, Options};
 
 use crate::common::{ENGINES, Engine, Image, MIB, Random, eventually, small, status_line};
 use crate::confined::{Confined, exercise, node};
+
+/// An image of 8 MiB.
+fn create_qcow2(path: &Path) {
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2"]).arg(path).arg("8M");
+    assert!(create.status().unwrap().success());
+}
 
 #[test]
 fn every_medium_is_served_in_the_sandbox() {
@@ -25,12 +32,7 @@ fn every_medium_is_served_in_the_sandbox() {
         ] {
             let image = Image::new(8 * MIB);
             if driver == "qcow2" {
-                let made = Command::new("qemu-img")
-                    .args(["create", "-q", "-f", "qcow2"])
-                    .arg(image.path())
-                    .arg("8M")
-                    .status();
-                assert!(made.unwrap().success());
+                create_qcow2(&image.path());
             }
             let confined = Confined::start(
                 &[(node(&image.path(), driver, engine), "root")],
@@ -97,14 +99,15 @@ fn rings_are_not_short_of_locked_memory() {
 #[test]
 fn a_daemon_of_another_user() {
     // SAFETY: no memory is involved.
-    if unsafe { libc::geteuid() } != 0 {
-        return eprintln!("not root: nobody else to become");
-    }
-    let image = Image::new(8 * MIB);
+    assert_eq!(unsafe { libc::geteuid() }, 0, "only root can become somebody else");
+    let (image, state) = (Image::new(8 * MIB), tempfile::tempdir().unwrap());
     let engine = ENGINES[0];
+    create_qcow2(&image.path());
+    std::os::unix::fs::chown(state.path(), Some(65534), None).unwrap();
+    let state_dir = format!("--state-dir={}", state.path().display());
     let mut confined = Confined::start(
-        &[(node(&image.path(), "raw", engine), "root")],
-        &["--daemonize", "--user=65534", "--group=65533", "--log-level=error"],
+        &[(node(&image.path(), "qcow2", engine), "root")],
+        &[&state_dir, "--daemonize", "--user=65534", "--group=65533", "--log-level=error"],
         &[],
     );
     // Its user may remove what is there.
@@ -115,6 +118,8 @@ fn a_daemon_of_another_user() {
         let meta = fs::symlink_metadata(confined.path(file)).unwrap();
         assert_eq!((meta.uid(), meta.gid()), (65534, 65533), "{file}");
     }
+    let kept = || fs::read_dir(state.path()).unwrap().map(|e| e.unwrap().metadata().unwrap().uid());
+    assert_eq!(kept().collect::<Vec<_>>(), [65534], "what is kept beside the image");
     let mut client = confined.connect("root", small());
     exercise(&mut client, &mut Random(3));
     confined.threads(Some(pid), &[]);
@@ -124,6 +129,7 @@ fn a_daemon_of_another_user() {
     vub_client::sys::kill(pid, libc::SIGTERM).unwrap();
     eventually("it has ended", || !confined.path("pid").exists());
     assert!(!confined.path("root").exists());
+    assert_eq!(kept().count(), 0, "it could remove that, too");
 }
 
 /// Cuts the file of a region short.

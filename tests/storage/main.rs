@@ -7,6 +7,7 @@ mod common;
 #[path = "../drivers/mod.rs"]
 mod drivers;
 
+mod cut;
 mod injected;
 mod logged;
 mod metadata;

@@ -4,6 +4,7 @@
 use super::DriverDef;
 
 pub mod blkdebug;
+pub mod blklogwrites;
 pub mod file;
 pub mod host_device;
 pub mod null;
@@ -20,5 +21,6 @@ pub static TABLE: &[&DriverDef] = &[
     &null::NULL_CO,
     &qcow2::QCOW2,
     &blkdebug::BLKDEBUG,
+    &blklogwrites::BLKLOGWRITES,
     &raw::RAW,
 ];

@@ -167,11 +167,12 @@ impl Access {
         let mut state = self.lock();
         let want = Bytes::of(perms);
         let mut next = self.reopen(perms.used)?;
-        if self.locking && !state.held.covers(want) {
-            if let Err(e) = self.take(&mut state.held, want) {
-                let hint = "Is another process using the image";
-                return Err(e.with_hint(format!("{hint} [{}]?", self.how.filename)));
-            }
+        if self.locking
+            && !state.held.covers(want)
+            && let Err(e) = self.take(&mut state.held, want)
+        {
+            let hint = "Is another process using the image";
+            return Err(e.with_hint(format!("{hint} [{}]?", self.how.filename)));
         }
         if let Some(Next { fd, held, .. }) = next.as_mut().filter(|_| self.locking) {
             locks::add(fd.as_raw_fd(), held, want)?;

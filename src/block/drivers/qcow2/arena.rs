@@ -1,7 +1,7 @@
 //! Memory for cached tables: one mapping of zeroed atomics, which costs nothing until it is touched.
 //!
-//! All slices of an image live in one [`Arena`], never in boxes of their own, so that one day the mapping can be a
-//! file that outlives the process. This is the only file of the driver with unsafe code.
+//! All slices of an image live in one [`Arena`], never in boxes of their own; a journal is one in a file that outlives the
+//! process. This is the only file of the driver with unsafe code.
 
 #[cfg(not(loom))]
 use std::sync::atomic::AtomicU64;

@@ -27,10 +27,15 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+mod sweep;
+
+pub use sweep::sweep;
 
 use super::arena::Arena;
 use super::write::mutation::{Mutation, broken};
@@ -51,6 +56,8 @@ const HEAD: usize = 8;
 const TAIL: usize = 9;
 const BORN: usize = 10;
 const STATE: usize = 11;
+const PATH_LEN: usize = 12;
+const PATH: usize = 16;
 const WORDS: usize = FIRST + RECORDS as usize * 3;
 /// The most entries that are changed at once: a change of so many fits as soon as there is nothing else.
 pub const AT_ONCE: u64 = RECORDS / 4;
@@ -111,16 +118,26 @@ impl Identity {
     /// What the kernel says.
     pub fn of(path: &Path, cluster_bits: u32, state: u64) -> io::Result<Identity> {
         let meta = fs::metadata(path)?;
-        let id = if meta.rdev() != 0 { (meta.rdev(), 0) } else { (meta.dev(), meta.ino()) };
+        let id = id_of(&meta);
         let born = meta.created().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
         let born = born.map_or(0, |d| d.as_secs() * 1_000_000_000 + u64::from(d.subsec_nanos()));
-        let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-        let hex: String = text.chars().filter(char::is_ascii_hexdigit).collect();
-        let half = |range| hex.get(range).and_then(|part| u64::from_str_radix(part, 16).ok());
-        match (half(0..16), half(16..32)) {
-            (Some(a), Some(b)) => Ok(Identity { id, born, cluster_bits, boot: [a, b], state }),
-            _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
-        }
+        Ok(Identity { id, born, cluster_bits, boot: boot()?, state })
+    }
+}
+
+/// Device and inode; of a device, its number.
+fn id_of(meta: &fs::Metadata) -> (u64, u64) {
+    if meta.rdev() != 0 { (meta.rdev(), 0) } else { (meta.dev(), meta.ino()) }
+}
+
+/// This boot of the machine.
+fn boot() -> io::Result<[u64; 2]> {
+    let text = fs::read_to_string(crate::sys::BOOT_ID)?;
+    let hex: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    let half = |range| hex.get(range).and_then(|part| u64::from_str_radix(part, 16).ok());
+    match (half(0..16), half(16..32)) {
+        (Some(a), Some(b)) => Ok([a, b]),
+        _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
     }
 }
 
@@ -137,11 +154,17 @@ impl Journal {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options.custom_flags(flags).open(&path)?;
-        lock(&file)?;
+        lock(&file, PATIENCE)?;
         let (meta, now) = (file.metadata()?, fs::symlink_metadata(&path)?);
-        let ours = meta.is_file() && meta.uid() == crate::sys::effective_uid() && meta.nlink() == 1;
+        // Whoever we will be soon is as good as we are, and will have to remove it.
+        let (user, group) = crate::sandbox::privileges::owner();
+        let trusted = [Some(crate::sys::effective_uid()), user].contains(&Some(meta.uid()));
+        let ours = meta.is_file() && trusted && meta.nlink() == 1;
         if !ours || (meta.dev(), meta.ino()) != (now.dev(), now.ino()) {
             return Err(io::Error::other("the journal file is somebody else's"));
+        }
+        if user.is_some_and(|user| user != meta.uid()) {
+            std::os::unix::fs::fchown(&file, user, group)?;
         }
         let left = if meta.len() == 0 { Ok(None) } else { read(&file, meta.len(), of) };
         crate::sys::allocate(&file, WORDS as u64 * 8)?;
@@ -152,8 +175,32 @@ impl Journal {
 
     /// Keeps a copy of what cannot be used, for whoever wants to know.
     pub fn keep_rejected(&self) {
-        if let Err(e) = fs::copy(&self.path, self.path.with_extension("rejected")) {
+        let path = self.path.with_extension("rejected");
+        // Anybody may have put a link there.
+        let copy = || {
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+            let mut options = OpenOptions::new();
+            let mut copy = options.write(true).create_new(true).mode(0o600).open(&path)?;
+            io::copy(&mut File::open(&self.path)?, &mut copy).map(drop)
+        };
+        if let Err(e) = copy() {
             log::warn!("qcow2: no copy of {}: {e}", self.path.display());
+        }
+    }
+
+    /// The image is at `path`: when it is no longer there, the journal can go ([`sweep`]).
+    pub fn note_image(&self, path: &Path) {
+        let path = fs::canonicalize(path).unwrap_or_default();
+        let bytes = path.as_os_str().as_bytes();
+        let fits = bytes.len() <= (FIRST - PATH) * 8;
+        self.set(PATH_LEN, if fits { bytes.len() as u64 } else { 0 });
+        for (at, part) in (PATH..FIRST).zip(bytes.chunks(8)) {
+            let mut word = [0; 8];
+            word[..part.len()].copy_from_slice(part);
+            self.set(at, u64::from_ne_bytes(word));
         }
     }
 
@@ -178,6 +225,11 @@ impl Journal {
         self.beat();
         self.set(0, MAGIC);
         watch::changed(self, true);
+    }
+
+    /// Whether it was started for this state of the image.
+    pub fn is_of(&self, of: &Identity) -> bool {
+        (self.word(0), self.word(STATE)) == (MAGIC, of.state)
     }
 
     fn set(&self, at: usize, value: u64) {
@@ -254,10 +306,10 @@ impl Journal {
 }
 
 /// The lock of a killed process goes with its last descriptor, a moment after the image's lock at worst.
-fn lock(file: &File) -> io::Result<()> {
+fn lock(file: &File, patience: Duration) -> io::Result<()> {
     let begun = Instant::now();
     while let Err(e) = file.try_lock() {
-        let held = matches!(e, TryLockError::WouldBlock) && begun.elapsed() < PATIENCE;
+        let held = matches!(e, TryLockError::WouldBlock) && begun.elapsed() < patience;
         if !held {
             return Err(io::Error::other(e));
         }
@@ -270,8 +322,8 @@ fn lock(file: &File) -> io::Result<()> {
 pub fn is_waiting(dir: &Path, of: &Identity) -> bool {
     let Ok(file) = File::open(path_in(dir, of)) else { return false };
     let Ok(meta) = file.metadata() else { return false };
-    file.try_lock_shared().is_ok()
-        && meta.len() > 0
+    lock(&file, PATIENCE / 10).is_ok()
+        && (meta.len() > 0 && meta.uid() == crate::sys::effective_uid())
         && matches!(read(&file, meta.len(), of), Ok(Some(_)))
 }
 
@@ -328,67 +380,8 @@ fn parse(words: &[u64], of: &Identity) -> Result<Option<Left>, String> {
     Ok(Some(Left { records, beat: words[BEAT], applied: words[APPLIED] == 1 }))
 }
 
-/// For the simulation, whose disks have no inode and whose processes die at moments of the past.
 #[cfg(any(test, feature = "sim"))]
-pub mod watch {
-    use std::cell::RefCell;
-    use std::path::PathBuf;
-    use std::rc::Rc;
-
-    /// What a journal is at a moment.
-    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-    pub struct State {
-        /// The first record that counts, and the end.
-        pub head: u64,
-        /// One past the last.
-        pub tail: u64,
-        /// Its records are on disk.
-        pub applied: bool,
-        /// It was started anew just now.
-        pub started: bool,
-    }
-
-    /// Told of each change of a journal.
-    pub type Watcher = Rc<dyn Fn(State)>;
-
-    thread_local! {
-        static WATCHER: RefCell<Option<(PathBuf, Watcher)>> = const { RefCell::new(None) };
-    }
-
-    /// On this thread: journals of images without a file name belong to the file `image`; `watcher` hears of their changes.
-    pub fn set(watched: Option<(PathBuf, Watcher)>) {
-        WATCHER.set(watched);
-    }
-
-    /// The file that stands for an image.
-    pub fn image() -> Option<PathBuf> {
-        WATCHER.with_borrow(|watched| watched.as_ref().map(|(image, _)| image.clone()))
-    }
-
-    pub(super) fn changed(journal: &super::Journal, started: bool) {
-        let watcher = WATCHER.with_borrow(|w| w.as_ref().map(|(_, watcher)| Rc::clone(watcher)));
-        let [head, tail] = [super::HEAD, super::TAIL].map(|at| journal.word(at));
-        let applied = journal.word(super::APPLIED) == 1;
-        if let Some(watcher) = watcher {
-            watcher(State { head, tail, applied, started });
-        }
-    }
-
-    /// Makes the journal at `path` what it was in this state.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn rewind(path: &std::path::Path, state: State) -> std::io::Result<()> {
-        use std::os::unix::fs::FileExt;
-        let file = std::fs::OpenOptions::new().write(true).open(path)?;
-        let fields = [
-            (super::HEAD, state.head),
-            (super::TAIL, state.tail),
-            (super::APPLIED, u64::from(state.applied)),
-        ];
-        fields.iter().try_for_each(|(at, v)| file.write_all_at(&v.to_ne_bytes(), *at as u64 * 8))
-    }
-}
+pub mod watch;
 
 #[cfg(not(any(test, feature = "sim")))]
 mod watch {

@@ -1,7 +1,8 @@
 //! `qcow2`: QEMU's image format, read and written by many threads at once. (Its specification: QEMU's docs/interop/qcow2.rst.)
 //!
 //! ```text
-//!  open ── header (limits, features, extension) ── options ── opened: repair, bitmaps, autoclear bits ──► Image
+//!  open ── header (limits, features, extension) ── options ── replay: what a killed process has left in its journal
+//!       ── opened: repair, bitmaps, autoclear bits ──► Image
 //!
 //!  fast lane: map                             slow lane: submit
 //!     │ no lock, no allocation                   │
@@ -30,6 +31,8 @@
 //!   order of all that is at the top of `write/flush.rs`, the rules of memory at the top of `write/mod.rs`.
 //! * **Places** that a request got stay good until it ends: what it may still use is given to nobody else
 //!   ([`grace`](crate::rt::grace)).
+//! * **Beside the disk**: each change of an L1 or L2 entry is in the `journal`, in shared memory that outlives the process, before it
+//!   is in the tables in memory, until a flush has written it. `journal.rs` says what must hold.
 //! * [`check`] and [`create`] work on a file node alone, with no image open.
 //!
 //! Locks: `Meta` ([`mod@write`]) is the outer one; inside of it those of the cache, of the L1 table, of upkeep may be taken, one at a

@@ -14,7 +14,7 @@
 //! * Who changes the entry of a cluster does so at once under the `Meta` lock, or holds the cluster in `busy` from the plan to
 //!   the link. Overwriting data in place changes no entry and holds nothing.
 //! * Between plan and link the clusters allocated have refcount 1 and no entry; if the write fails they go back.
-//! * Entries change in memory first; `flush.rs` alone writes them to disk.
+//! * Entries change in memory first, after the journal has them (`record.rs`); `flush.rs` alone writes them to disk.
 //! * `dirty` is set before an entry changes and cleared, under the lock, when all that is dirty has been written.
 //! * No lock is held across `.await`.
 #![forbid(unsafe_code)]
