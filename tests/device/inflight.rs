@@ -128,7 +128,7 @@ fn a_ring_stops_at_once_and_another_back_end_goes_on() {
 
 /// Reads that the kernel has, and that would never end: it is told to give them up.
 #[test]
-fn requests_are_taken_back_from_the_kernel() {
+fn fast_lane_requests_are_taken_back_from_the_kernel() {
     for packed in [false, true] {
         let (disk, probe) = Probe::piped(config());
         let mut client = disk.connect(options(packed));
