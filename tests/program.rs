@@ -240,6 +240,7 @@ fn a_second_process_on_the_same_disk() {
     );
     let second = Command::new(env!("CARGO_BIN_EXE_vhost-user-blk"))
         .args(["--blockdev", &root, "--export", &export])
+        .env("XDG_RUNTIME_DIR", dir.path())
         .output()
         .unwrap();
     assert!(!second.status.success());
@@ -284,7 +285,7 @@ fn a_guest_cannot_fill_the_log() {
     let to = ("info", File::create(&log).unwrap());
     let program = Program::start_logging(&[null("root", 0)], &[("root", WRITABLE)], to);
     let mut client = program.connect("root", small());
-    for n in (0..1000).map(|n: u32| u8::from(n % 2 == 0)) {
+    for n in (0..1000).map(|n: u32| u8::from(n.is_multiple_of(2))) {
         client.set_config(32, 0, &[n]).unwrap();
         client.stop_queue(0).unwrap();
         // The guest is ahead by more than the ring's size.

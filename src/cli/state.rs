@@ -20,7 +20,7 @@ pub fn dir(given: Option<&str>, owner: Option<u32>) -> Option<PathBuf> {
     match given {
         Some("none") => return None,
         // What cannot be used is said when it is needed, with the node's name.
-        Some(dir) => return Some(PathBuf::from(dir)),
+        Some(dir) => return Some(std::path::absolute(dir).unwrap_or_else(|_| dir.into())),
         None => {}
     }
     let owner = owner.unwrap_or_else(sys::effective_uid);

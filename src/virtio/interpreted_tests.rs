@@ -8,8 +8,9 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use super::chain::{CHAIN_MAX, Chain, RANGES_MAX};
 use super::feature;
-use super::inflight::{Tracker, View, part_len};
+use super::inflight::{View, part_len};
 use super::queue::{RingAddrs, Virtqueue, first_base};
+use super::track::Tracking;
 use crate::mem::{GuestMap, Region, Sg};
 use crate::sim::Rng;
 
@@ -62,51 +63,50 @@ fn scribble(rng: &mut Rng, map: &GuestMap, split: bool) {
     put(map, 0x102, &(rng.below(6) as u16).to_le_bytes());
 }
 
-fn track(area: &Arc<Region>, ring: &mut Virtqueue) -> Option<Tracker> {
-    let Virtqueue::Split(ring) = ring else { return None };
-    let view = View::new(Arc::clone(area), 0, SIZE).unwrap();
-    let (tracker, next) = Tracker::start(view, ring.used_idx()).ok()?;
-    next.into_iter().for_each(|next| ring.set_next_avail(next));
-    Some(tracker)
+fn track(area: &Arc<Region>, ring: &mut Virtqueue, packed: bool) -> Option<Tracking> {
+    let view = View::new(Arc::clone(area), 0, SIZE, packed).unwrap();
+    Tracking::start(view, ring).ok()
 }
 
 fn run(seed: u64, split: bool) {
     let mut rng = Rng::new(seed);
     let map = map();
-    let area = Arc::new(Region::anonymous(0, 0, part_len(SIZE)));
+    let area = Arc::new(Region::anonymous(0, 0, part_len(SIZE, !split)));
     let features = FEATURES | if split { 0 } else { PACKED };
     let addrs = RingAddrs { desc: USER, avail: USER + 0x100, used: USER + 0x180 };
     scribble(&mut rng, &map, split);
     let base = first_base(!split);
     let mut ring = Virtqueue::new(Arc::clone(&map), addrs, SIZE, base, features).unwrap();
-    let mut tracker = track(&area, &mut ring);
+    let mut tracker = track(&area, &mut ring, !split);
     let mut chain = Chain::default();
     for _ in 0..ring.available().unwrap_or(0) {
-        let again = tracker.as_mut().and_then(Tracker::resubmit);
+        let again = tracker.as_mut().and_then(|tracker| tracker.resubmit(&mut ring));
         let Ok(Some(head)) = again.map_or_else(|| ring.pop(), |head| Ok(Some(head))) else { break };
         let Ok(()) = ring.read_chain(head, &mut chain) else { break };
         assert!(chain.iov.len() <= RANGES_MAX.min(2 * (CHAIN_MAX + usize::from(SIZE))));
         Sg::new(&chain.iov[..chain.readable]).copy_to(&mut vec![0; chain.readable_len()]);
         Sg::new(&chain.iov[chain.readable..]).zero();
         if let Some(tracker) = &mut tracker {
-            tracker.taken(head);
+            if again.is_none() {
+                tracker.taken(head, &ring);
+            }
             tracker.done(head);
         }
         ring.push_used(head, 1);
-        ring.publish(true);
-        if let (Some(tracker), Virtqueue::Split(ring)) = (&mut tracker, &ring) {
-            tracker.published(ring.used_idx());
-        }
+        match &mut tracker {
+            Some(tracker) => tracker.publish(&mut ring, true),
+            None => ring.publish(true),
+        };
         ring.arm_kick();
         ring.disarm_kick();
     }
     // What a front end makes of the area, for our successor.
-    let bytes: Vec<u8> = (0..part_len(SIZE)).map(|_| rng.below(9) as u8).collect();
+    let bytes: Vec<u8> = (0..part_len(SIZE, !split)).map(|_| rng.below(9) as u8).collect();
     let whole = GuestMap::new(vec![Arc::clone(&area)]).unwrap();
     put(&whole, 0, &bytes);
     put(&whole, 8, &1u16.to_le_bytes());
-    let mut tracker = track(&area, &mut ring);
-    while tracker.as_mut().and_then(Tracker::resubmit).is_some() {}
+    let mut tracker = track(&area, &mut ring, !split);
+    while tracker.as_mut().and_then(|tracker| tracker.resubmit(&mut ring)).is_some() {}
 }
 
 #[test]

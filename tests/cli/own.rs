@@ -339,3 +339,25 @@ fn formats_are_not_guessed_if_told_so() {
     let text = String::from_utf8_lossy(&strict.stderr);
     assert!(text.contains("guessing it is not allowed"), "{text}");
 }
+
+/// `--state-dir`: whoever has no place for what outlives the program is told so, once, at the start.
+#[test]
+fn without_a_state_place_less_is_promised() {
+    let dir = tempfile::tempdir().unwrap();
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "disk.qcow2", "1M"])
+        .current_dir(dir.path())
+        .status();
+    assert!(made.unwrap().success());
+    let node = "--blockdev driver=qcow2,node-name=n,file.driver=file,file.filename=disk.qcow2";
+    fs::create_dir(dir.path().join("state")).unwrap();
+    for (place, lines) in [("none", 1), ("missing", 1), ("state", 0)] {
+        let args = format!("--state-dir={place} {node} --print-graph");
+        let output = ours(dir.path(), &args).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let text = String::from_utf8_lossy(&output.stderr);
+        let told = text.lines().filter(|line| line.contains("do not survive a crash"));
+        assert_eq!(told.count(), lines, "{place}: {text}");
+    }
+    assert_eq!(fs::read_dir(dir.path().join("state")).unwrap().count(), 0);
+}

@@ -75,7 +75,7 @@ impl Program {
     /// Journals of qcow2 images, unless they are kept elsewhere.
     #[allow(dead_code, reason = "not all tests need it")]
     pub fn journals(&self) -> usize {
-        let entries = std::fs::read_dir(self.dir.path()).unwrap();
+        let entries = std::fs::read_dir(self.dir.path().join("vhost-user-blk")).unwrap();
         let journal = |path: PathBuf| path.extension().is_some_and(|e| e == "journal");
         entries.filter(|entry| journal(entry.as_ref().unwrap().path())).count()
     }

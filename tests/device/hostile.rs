@@ -327,9 +327,14 @@ fn ten_thousand_front_ends_leave_nothing() {
         return;
     }
     let disk = Disk::null(MIB, config());
-    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
-    // When one is answered, those before it are gone. Workers start with the first queues, and stay.
+    // Workers start with the first queues, and stay.
     let run = || disk.connect(options()).queue(1).read(0, &mut [1; 4096]).unwrap();
+    // When one is answered, those before it are gone.
+    let settled = || {
+        let conn = Conn::connect(disk.path()).unwrap();
+        conn.get_u64(req::GET_QUEUE_NUM).unwrap();
+        (resident(), std::fs::read_dir("/proc/self/fd").unwrap().count())
+    };
     let come_and_go = |count: usize| {
         for i in 0..count {
             if i % 100 == 0 {
@@ -340,12 +345,12 @@ fn ten_thousand_front_ends_leave_nothing() {
                 conn.send_bytes(&message[..1 + i % message.len()], &[0]).unwrap();
             }
         }
-        run();
     };
     come_and_go(1000);
-    let (memory, files) = (resident(), open());
+    let (memory, files) = settled();
     come_and_go(9000);
-    eventually("as many descriptors as before", || open() == files);
-    let more = resident().saturating_sub(memory);
+    let (more, now) = settled();
+    assert_eq!(now, files, "descriptors");
+    let more = more.saturating_sub(memory);
     assert!(more < 4 << 20, "{more} bytes more than before");
 }

@@ -35,6 +35,8 @@ pub struct Server {
 struct Outage {
     /// Requests that it had begun and not finished.
     in_flight: usize,
+    /// How long it was stopped before SIGKILL, in all, by whoever looked for that moment.
+    stopped: Duration,
     /// The process is gone.
     gone: Duration,
     /// Its successor listens.
@@ -130,16 +132,18 @@ impl Server {
         Some(queues.flat_map(|q| q[16..].chunks(16)).filter(|entry| entry[0] == 1).count())
     }
 
-    /// Stops it (SIGSTOP) while it has so many in flight; how many.
-    fn stop_under_load(&self) -> usize {
-        let start = Instant::now();
+    /// Stops it (SIGSTOP) while it has many requests in flight; how many, and for how long it was stopped.
+    fn stop_under_load(&self) -> (usize, Duration) {
+        let (start, mut stopped) = (Instant::now(), Duration::ZERO);
         let stat = format!("/proc/{}/stat", self.child.id());
         loop {
+            let stop = Instant::now();
             vub_client::sys::kill(self.child.id(), libc::SIGSTOP).unwrap();
             while !std::fs::read_to_string(&stat).unwrap().contains(") T ") {}
-            match self.in_flight() {
-                Some(n) if n < IN_FLIGHT => {}
-                n => return n.unwrap_or(0),
+            let in_flight = self.in_flight();
+            stopped += stop.elapsed();
+            if in_flight.is_none_or(|n| n >= IN_FLIGHT) {
+                return (in_flight.unwrap_or(0), stopped);
             }
             vub_client::sys::kill(self.child.id(), libc::SIGCONT).unwrap();
             assert!(start.elapsed() < LIMIT, "the guest is idle");
@@ -149,13 +153,13 @@ impl Server {
 
     /// As [`Server::replace`] under load, and the guest's next write.
     fn kill(&mut self) -> Outage {
-        let in_flight = self.stop_under_load();
+        let (in_flight, stopped) = self.stop_under_load();
         let start = Instant::now();
         let (gone, refused) = self.replace();
         let listens = start.elapsed();
         // Nobody else can write now.
         self.wait_for_a_write();
-        Outage { in_flight, gone, listens, writes: start.elapsed(), refused }
+        Outage { in_flight, stopped, gone, listens, writes: start.elapsed(), refused }
     }
 }
 
@@ -182,11 +186,15 @@ fn kill(server: &mut Server, lines: &Receiver<String>, kills: u64) -> Vec<Outage
 /// Prints each time in milliseconds, the longest and the median.
 fn report(what: &str, outages: &[Outage]) {
     println!(
-        "{what}: in flight; ms from SIGKILL until gone, listening, writing; successors refused"
+        "{what}: in flight; ms stopped before SIGKILL; ms from then until gone, listening, writing; successors refused"
     );
     for o in outages {
-        let [gone, listens, writes] = [o.gone, o.listens, o.writes].map(|t| t.as_millis());
-        println!("  {:>3}; {gone:>5} {listens:>5} {writes:>5}; {:>3}", o.in_flight, o.refused);
+        let [stopped, gone, listens, writes] =
+            [o.stopped, o.gone, o.listens, o.writes].map(|t| t.as_millis());
+        let (in_flight, refused) = (o.in_flight, o.refused);
+        println!(
+            "  {in_flight:>3}; {stopped:>5}; {gone:>5} {listens:>5} {writes:>5}; {refused:>2}"
+        );
     }
     let mut times: Vec<_> = outages.iter().map(|o| o.writes.as_millis()).collect();
     times.sort_unstable();

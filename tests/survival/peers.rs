@@ -42,7 +42,7 @@ fn sector(block: usize) -> u64 {
 
 /// How many blocks of the guest's fsync are missing after any of some power losses right after it, and whether the disk
 /// presents itself as write back.
-fn fsync_then_power_loss(program: &str) -> (usize, bool) {
+fn fsync_then_power_loss(program: &str, export: &str) -> (usize, bool) {
     const WRITTEN: usize = 64;
     let dir = directory();
     let (disk, log) = (dir.path().join("disk"), dir.path().join("log"));
@@ -56,14 +56,16 @@ fn fsync_then_power_loss(program: &str) -> (usize, bool) {
     let server = Program::start_other(
         program.as_ref(),
         &[node.to_string()],
-        &[("disk", ",writable=on,num-queues=1")],
+        &[("disk", &format!(",writable=on,num-queues=1{export}"))],
     );
     let mut client = server.connect("disk", options(program));
     let wce = client.has_feature(F_CONFIG_WCE).then(|| client.config().wce());
     let flush = client.has_feature(F_FLUSH);
     // As Linux: what `wce` says, else whether there are flushes.
     let write_back = wce.map_or(flush, |wce| wce == 1);
-    println!("{program}: F_FLUSH {flush}, wce {wce:?}: the guest sees write-back: {write_back}");
+    println!(
+        "{program}{export}: F_FLUSH {flush}, wce {wce:?}: the guest sees write-back: {write_back}"
+    );
     let q = client.queue(0);
     for block in 0..WRITTEN {
         q.write(sector(block), &content(block)).unwrap();
@@ -91,8 +93,10 @@ fn fsync_then_power_loss(program: &str) -> (usize, bool) {
 
 #[test]
 fn what_was_fsynced_survives_a_power_loss_here() {
-    assert_eq!(fsync_then_power_loss(&program()), (0, true));
-    let (lost, write_back) = fsync_then_power_loss(QSD);
+    assert_eq!(fsync_then_power_loss(&program(), ""), (0, true));
+    // Write through is kept as well where it is asked for: each write is stable by itself.
+    assert_eq!(fsync_then_power_loss(&program(), ",writethrough=on"), (0, false));
+    let (lost, write_back) = fsync_then_power_loss(QSD, "");
     assert!(lost > 0 && !write_back, "the README says otherwise of {QSD}");
 }
 

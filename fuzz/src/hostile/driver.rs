@@ -70,9 +70,9 @@ impl Driver {
         }
         chain.truncate(self.size.into());
         if self.packed {
-            self.offer_packed(e, memory, &chain)
+            self.offer_packed(e, memory, &chain);
         } else {
-            self.offer_split(e, memory, &chain)
+            self.offer_split(e, memory, &chain);
         }
     }
 

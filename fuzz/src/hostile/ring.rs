@@ -9,9 +9,10 @@ use std::sync::Arc;
 use vhost_user_blk::export::request::{Action, Disk, Slot};
 use vhost_user_blk::mem::{GuestMap, IoVec, Sg};
 use vhost_user_blk::virtio::blk::{SECTOR, Status};
-use vhost_user_blk::virtio::inflight::{Tracker, View, part_len};
+use vhost_user_blk::virtio::inflight::{View, part_len};
 use vhost_user_blk::virtio::queue::{RingAddrs, Virtqueue, first_base};
 use vhost_user_blk::virtio::ring::{Broken, CHAIN_MAX};
+use vhost_user_blk::virtio::track::Tracking;
 
 use super::driver::{AVAIL_RING, Driver, TABLE, USED_RING, poke};
 use super::entropy::Entropy;
@@ -50,7 +51,7 @@ struct Run<'a> {
     /// How many regions the map has.
     regions: usize,
     ring: Virtqueue,
-    tracker: Option<Tracker>,
+    tracker: Option<Tracking>,
     broken: bool,
     slots: Vec<Slot>,
     taken: Vec<(u16, Action)>,
@@ -124,7 +125,7 @@ impl<'a> Run<'a> {
 
     /// Takes what there is, as a worker does.
     fn take(&mut self) {
-        let waiting = self.tracker.as_ref().map_or(0, Tracker::waiting);
+        let waiting = self.tracker.as_ref().map_or(0, Tracking::waiting);
         let available = match (waiting, self.broken) {
             (0, true) => return,
             (0, false) => self.ring.available(),
@@ -152,7 +153,8 @@ impl<'a> Run<'a> {
     }
 
     fn take_one(&mut self) -> Result<bool, Broken> {
-        let again = self.tracker.as_mut().and_then(Tracker::resubmit);
+        let ring = &mut self.ring;
+        let again = self.tracker.as_mut().and_then(|tracker| tracker.resubmit(ring));
         let popped = match again {
             Some(head) => Some(head),
             None => self.ring.pop()?,
@@ -189,7 +191,7 @@ impl<'a> Run<'a> {
         check(slot, &action, &iov, readable, disk.block);
         slot.busy = true;
         if let (None, Some(tracker)) = (again, &mut self.tracker) {
-            tracker.taken(head);
+            tracker.taken(head, &self.ring);
             self.expect_area("taking a head");
         }
         self.taken.push((head, action));
@@ -248,15 +250,18 @@ impl<'a> Run<'a> {
     fn publish(&mut self) {
         let idx = |run: &Self| run.part(2).map(|used| used.start + 2..used.start + 4);
         let may = if self.driver.packed { self.part(0) } else { idx(self) };
-        self.ring.publish(self.taken.is_empty());
-        self.memory.expect_written(may.as_slice(), "publishing");
+        let (mut may, idle) = (Vec::from_iter(may), self.taken.is_empty());
+        match &mut self.tracker {
+            Some(tracker) => {
+                tracker.publish(&mut self.ring, idle);
+                may.push(self.area());
+            }
+            None => _ = self.ring.publish(idle),
+        }
+        self.memory.expect_written(&may, "publishing");
         if let Virtqueue::Split(ring) = &self.ring {
             let at = idx(self).expect("a ring that was resolved");
             assert_eq!(self.memory.get(at), ring.used_idx().to_le_bytes());
-            if let Some(tracker) = &mut self.tracker {
-                tracker.published(ring.used_idx());
-                self.expect_area("publishing a batch");
-            }
         }
     }
 
@@ -296,22 +301,24 @@ impl<'a> Run<'a> {
     }
 
     fn start_tracker(&mut self) {
-        let Virtqueue::Split(ring) = &mut self.ring else { return };
-        let size = ring.size();
-        let Some(view) = View::new(self.memory.area(), 0, size) else { return };
-        let started = Tracker::start(view, ring.used_idx());
-        if let Ok((tracker, next)) = started {
+        let size = self.ring.size();
+        let Some(view) = View::new(self.memory.area(), 0, size, self.driver.packed) else { return };
+        if let Ok(tracker) = Tracking::start(view, &mut self.ring) {
             assert!(tracker.waiting() <= size, "more in flight than there are entries");
-            next.into_iter().for_each(|next| ring.set_next_avail(next));
             self.tracker = Some(tracker);
         }
-        let size = self.ring.size();
-        let area = self.memory.file_of_area(part_len(size));
-        self.memory.expect_written(&[area], "starting to track");
+        // The descriptors of what is to be resubmitted become available again.
+        let packed = self.part(0).filter(|_| self.driver.packed);
+        let may: Vec<_> = packed.into_iter().chain([self.area()]).collect();
+        self.memory.expect_written(&may, "starting to track");
+    }
+
+    fn area(&self) -> Range<u64> {
+        self.memory.file_of_area(part_len(self.ring.size(), self.driver.packed))
     }
 
     fn expect_area(&mut self, what: &str) {
-        let area = self.memory.file_of_area(part_len(self.ring.size()));
+        let area = self.area();
         self.memory.expect_written(&[area], what);
     }
 

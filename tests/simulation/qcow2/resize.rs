@@ -180,8 +180,8 @@ impl Subject for Growing {
         })
     }
 
-    fn survives_kill(&self) -> bool {
-        false
+    fn has_memory(&self) -> bool {
+        true
     }
 }
 

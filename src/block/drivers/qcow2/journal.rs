@@ -130,6 +130,12 @@ fn id_of(meta: &fs::Metadata) -> (u64, u64) {
     if meta.rdev() != 0 { (meta.rdev(), 0) } else { (meta.dev(), meta.ino()) }
 }
 
+/// Whether a file's owner can be believed: whoever we will be soon is as good as we are, and will have to remove it.
+fn is_ours(meta: &fs::Metadata) -> bool {
+    let (user, _) = crate::sandbox::privileges::owner();
+    [Some(crate::sys::effective_uid()), user].contains(&Some(meta.uid()))
+}
+
 /// This boot of the machine.
 fn boot() -> io::Result<[u64; 2]> {
     let text = fs::read_to_string(crate::sys::BOOT_ID)?;
@@ -156,13 +162,11 @@ impl Journal {
         let file = options.custom_flags(flags).open(&path)?;
         lock(&file, PATIENCE)?;
         let (meta, now) = (file.metadata()?, fs::symlink_metadata(&path)?);
-        // Whoever we will be soon is as good as we are, and will have to remove it.
-        let (user, group) = crate::sandbox::privileges::owner();
-        let trusted = [Some(crate::sys::effective_uid()), user].contains(&Some(meta.uid()));
-        let ours = meta.is_file() && trusted && meta.nlink() == 1;
+        let ours = meta.is_file() && is_ours(&meta) && meta.nlink() == 1;
         if !ours || (meta.dev(), meta.ino()) != (now.dev(), now.ino()) {
             return Err(io::Error::other("the journal file is somebody else's"));
         }
+        let (user, group) = crate::sandbox::privileges::owner();
         if user.is_some_and(|user| user != meta.uid()) {
             std::os::unix::fs::fchown(&file, user, group)?;
         }
@@ -323,7 +327,7 @@ pub fn is_waiting(dir: &Path, of: &Identity) -> bool {
     let Ok(file) = File::open(path_in(dir, of)) else { return false };
     let Ok(meta) = file.metadata() else { return false };
     lock(&file, PATIENCE / 10).is_ok()
-        && (meta.len() > 0 && meta.uid() == crate::sys::effective_uid())
+        && (meta.len() > 0 && is_ours(&meta))
         && matches!(read(&file, meta.len(), of), Ok(Some(_)))
 }
 

@@ -5,10 +5,10 @@ use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use super::{BOOT, DEV, FIRST, INO, MAGIC, PATH, PATH_LEN, boot, id_of};
+use super::{BOOT, DEV, FIRST, INO, MAGIC, PATH, PATH_LEN, boot, id_of, is_ours};
 
 /// Removes what nobody can need from `dir`: journals, and copies of them, of images that are gone, or of an earlier boot.
 pub fn sweep(dir: &Path) {
@@ -28,7 +28,7 @@ fn is_stale(path: &Path, boot: [u64; 2]) -> io::Result<bool> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path)?;
     let meta = file.metadata()?;
     let mut bytes = vec![0; FIRST * 8];
-    if meta.uid() != crate::sys::effective_uid() || file.try_lock().is_err() {
+    if !is_ours(&meta) || file.try_lock().is_err() {
         return Ok(false);
     }
     file.read_exact_at(&mut bytes, 0)?;
