@@ -186,6 +186,12 @@ impl Export {
         closed
     }
 
+    /// The front end is gone: what could not be deactivated is tried again, for nobody else will make it run or stop.
+    pub(super) fn deactivate_finally(&self) {
+        self.activation.tried.store(false, Ordering::Relaxed);
+        self.deactivate_if_auto();
+    }
+
     /// No ring runs: what `activate=auto` makes of that.
     pub(super) fn deactivate_if_auto(&self) {
         if !self.activation.auto || self.activation.tried.swap(true, Ordering::Relaxed) {

@@ -541,7 +541,7 @@ impl Device for Export {
         self.shared.cache.disconnected();
         self.set_features(0);
         self.flush_stopped();
-        self.no_ring_runs();
+        self.deactivate_finally();
     }
 
     fn no_ring_runs(&self) {

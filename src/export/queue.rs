@@ -241,6 +241,7 @@ impl Queue {
         write: bool,
         offset: u64,
     ) -> bool {
+        let through = self.is_write_through();
         let slot = &mut self.slots[usize::from(head)];
         let data = slot.data(write);
         let len = bytes(data);
@@ -249,7 +250,7 @@ impl Queue {
         let dir = if write { Dir::Write } else { Dir::Read };
         let entry = grace.enter();
         let located = self.root.locate(dir, offset, len);
-        let stable = write && (self.write_through || !self.shared.writeback()) && !located.no_flush;
+        let stable = write && through && !located.no_flush;
         let done = match located.map {
             // The tables that lead there must become stable, too.
             _ if stable && located.unstable => false,
@@ -260,7 +261,8 @@ impl Queue {
                 // keeps the guest's memory mapped; a queue is dropped or remapped only when nothing is in flight.
                 let rw = unsafe { Rw::new(file, write, data, at, stable) };
                 reactor.submit(file, &rw, payload(self.index, head));
-                slot.transfer = Some(Transfer { write, offset, len: expected, entry });
+                let volatile = write && !through && !located.no_flush;
+                slot.transfer = Some(Transfer { write, offset, len: expected, volatile, entry });
                 return true;
             }
             Map::Zero if !write && len <= ZERO_MAX => {
@@ -290,7 +292,7 @@ impl Queue {
             map: Arc::clone(self.ring.map()),
             iov,
             action,
-            fua: self.write_through || !self.shared.writeback(),
+            fua: self.is_write_through(),
         }
     }
 
@@ -305,6 +307,9 @@ impl Queue {
         // The slow lane finds the place anew.
         grace.leave(transfer.entry);
         if result == transfer.len {
+            if transfer.volatile && self.is_write_through() {
+                return Some(self.slow(head, Action::Flush));
+            }
             self.finish(head, Status::Ok);
             return None;
         }
@@ -316,17 +321,31 @@ impl Queue {
         Some(self.slow(head, Action::Transfer { write, offset }))
     }
 
-    /// The slow lane's answer to `slow`.
-    pub fn slow_done(&mut self, head: u16, slow: Slow, result: Result<(), Errno>) {
+    /// Whether writes must be stable before they complete. Those that were begun before the driver chose that are flushed when
+    /// they are done: the driver sends no flush for them any more.
+    #[inline]
+    fn is_write_through(&self) -> bool {
+        self.write_through || !self.shared.writeback()
+    }
+
+    /// The slow lane's answer to `slow`; what is to be done next for the same request.
+    pub fn slow_done(&mut self, head: u16, slow: Slow, result: Result<(), Errno>) -> Option<Slow> {
         let doing = self.slots[usize::from(head)].doing;
         let status = match result {
+            Ok(()) if !slow.fua && slow.action.changes() && self.is_write_through() => {
+                return Some(self.slow(head, Action::Flush));
+            }
             Ok(()) => Status::Ok,
-            Err(_) if self.is_suspending() => return self.leave_in_flight(head),
+            Err(_) if self.is_suspending() => {
+                self.leave_in_flight(head);
+                return None;
+            }
             Err(Errno::ENOTSUP) if doing.optional => Status::Unsupp,
             Err(e) => {
                 let verdict = self.shared.on_error.verdict(&doing, e);
                 if verdict == Verdict::Stop && matches!(self.state, State::Running | State::Held) {
-                    return self.keep(head, slow, e);
+                    self.keep(head, slow, e);
+                    return None;
                 }
                 self.shared.report(&doing, e);
                 if verdict == Verdict::Ignore { Status::Ok } else { Status::IoErr }
@@ -334,6 +353,7 @@ impl Queue {
         };
         self.finish(head, status);
         self.let_go(head);
+        None
     }
 
     /// Keeps a request that failed.
@@ -474,7 +494,10 @@ impl Queue {
 
     fn break_ring(&mut self, why: &str) {
         log::warn!("export '{}': queue {} is broken: {why}", self.shared.id, self.index);
-        self.set_state(State::Broken);
+        // Whoever waits for the ring to stop waits on for what is in flight.
+        if !matches!(self.state, State::Stopping(_) | State::Suspending(_)) {
+            self.set_state(State::Broken);
+        }
         if let Some(tracker) = &mut self.tracker {
             tracker.give_up();
         }

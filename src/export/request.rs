@@ -62,6 +62,11 @@ pub struct Doing {
 }
 
 impl Action {
+    /// Whether it changes the disk.
+    pub fn changes(&self) -> bool {
+        matches!(self, Action::Transfer { write: true, .. } | Action::Ranges { .. })
+    }
+
     /// What it does; a transfer is of `len` bytes.
     pub fn describe(&self, len: u64) -> Doing {
         match self {
@@ -124,6 +129,8 @@ pub struct Transfer {
     pub offset: u64,
     /// Length in bytes: what the kernel answers if all went well.
     pub len: i32,
+    /// A write that need not be stable, as far as was known when it began.
+    pub volatile: bool,
     /// Since when its place must not be given to somebody else.
     pub entry: Entry,
 }

@@ -220,7 +220,10 @@ impl Worker {
             self.slow_bytes -= slow.weight();
             let (index, head) = from_payload(token);
             if let Some(q) = queue(&mut self.queues, index) {
-                q.slow_done(head, slow, result);
+                if let Some(slow) = q.slow_done(head, slow, result) {
+                    self.slow_bytes += slow.weight();
+                    spawn(&self.rt, &self.done, q, head, slow);
+                }
                 if q.wants_retry() {
                     self.retry_at.get_or_insert_with(|| Instant::now() + RETRY);
                 }

@@ -392,9 +392,10 @@ impl Session<'_> {
         let (range, _) = m.config()?;
         let mut bytes = range.to_bytes();
         let mut contents = vec![0; range.resolve()?.len()];
+        // First: what changes from now on may not be in the answer.
+        self.config_change.seen();
         self.device.read_config(range.resolve()?.start, &mut contents);
         bytes.append(&mut contents);
-        self.config_change.seen();
         Ok(Answer::Config(bytes))
     }
 

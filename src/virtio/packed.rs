@@ -96,10 +96,12 @@ pub struct Packed {
     /// The next used descriptor to write.
     next_used: Position,
     hidden: Option<Hidden>,
-    /// Ring entries taken and not given back.
+    /// Ring entries taken, and not given back and shown to the guest.
     held: u16,
     /// The ring entries of each buffer id's chain; 0: it is the guest's.
     entries: Box<[u16]>,
+    /// Chains given back that the guest has not been shown yet.
+    given_back: Vec<u16>,
     /// The descriptors of the chain taken last.
     taken: Vec<Desc>,
     /// Where our writes are logged, while the guest migrates.
@@ -145,6 +147,7 @@ impl Packed {
             hidden: None,
             held,
             entries: vec![0; size.into()].into(),
+            given_back: Vec::with_capacity(size.into()),
             taken: Vec::with_capacity(size.into()),
             log: None,
         };
@@ -394,8 +397,9 @@ impl Packed {
     /// descriptors in order, and the first one's flags are held back.
     #[inline]
     pub fn push_used(&mut self, id: u16, len: u32) {
-        let entries = std::mem::take(&mut self.entries[usize::from(id)]);
+        let entries = self.entries[usize::from(id)];
         debug_assert!(entries > 0, "a chain that was not taken");
+        self.given_back.push(id);
         let start = self.next_used;
         let p = self.desc(start.at);
         // SAFETY: as in `read`; made visible by `publish`.
@@ -412,7 +416,6 @@ impl Packed {
             self.hidden = Some(Hidden { start, flags });
         }
         self.next_used.advance(entries, self.size);
-        self.held -= entries;
     }
 
     /// Makes all chains given back visible to the guest. Whether it wants to be notified.
@@ -420,6 +423,10 @@ impl Packed {
     pub fn publish(&mut self) -> bool {
         let Some(Hidden { start, flags }) = self.hidden.take() else { return false };
         self.set_flags(start.at, flags, Ordering::Release);
+        // Not earlier: a guest that uses what it has not been shown would have us hold more than the ring has.
+        for id in self.given_back.drain(..) {
+            self.held -= std::mem::take(&mut self.entries[usize::from(id)]);
+        }
         self.log_ring();
         // The flags must be visible before the guest's wish is read, or both sides sleep.
         fence(Ordering::SeqCst);

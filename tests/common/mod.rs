@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use vhost_user_blk::block::{Graph, Node};
+use vhost_user_blk::block::{Graph, Node, Opener};
 use vhost_user_blk::export::{Export, ExportConfig};
 use vhost_user_blk::vhost_user::{Endpoint, Server};
 use vub_client::{Client, Options};
@@ -75,6 +75,20 @@ impl Disk {
     pub fn serve(graph: Arc<Graph>, root: &str, config: ExportConfig) -> Disk {
         let node = graph.find(root).expect("the node is there");
         let export = Export::new(&graph, &node, config).unwrap();
+        Disk::listen(graph, node, export)
+    }
+
+    /// Serves a node made from `options`, which is open only while rings run.
+    pub fn auto(options: Value, config: ExportConfig) -> Disk {
+        let node = add(&Graph::new(), options.clone());
+        let Value::Object(options) = options else { panic!("options are an object") };
+        let graph = Graph::new();
+        let opener = Opener::new(&graph, vec![options], node.name());
+        let export = Export::inactive(opener, &node, config, true);
+        Disk::listen(graph, node, export)
+    }
+
+    fn listen(graph: Arc<Graph>, node: Arc<Node>, export: Arc<Export>) -> Disk {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("s")).unwrap();
         let name = export.id().to_owned();

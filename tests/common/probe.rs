@@ -1,11 +1,12 @@
 //! A driver for tests: bytes in memory, a log of what was asked, a gate that holds completions back, and failures on demand.
 //!
 //! With `fast`, reads of it are located in a pipe ([`Probe::pour`] lets them complete): a request of the fast lane that
-//! stays in the kernel for as long as a test wants. With `in-place`, writes of it are located in a file of their own.
+//! stays in the kernel for as long as a test wants. With `in-place`, writes of it are located in a file of their own, with
+//! `jammed`, in a full pipe, until [`Probe::drain`].
 
 use std::collections::HashMap;
 use std::future::poll_fn;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard};
@@ -54,7 +55,11 @@ pub struct Probe {
     changed: Condvar,
     unstable: AtomicBool,
     pipe: Mutex<Option<std::io::PipeWriter>>,
+    jam: Mutex<Option<std::io::PipeReader>>,
 }
+
+/// What fits into a pipe, in bytes.
+const JAM: usize = 64 << 10;
 
 static PROBES: LazyLock<Mutex<HashMap<String, Arc<Probe>>>> = LazyLock::new(Mutex::default);
 
@@ -104,6 +109,12 @@ impl Probe {
     /// Lets reads of `len` bytes complete.
     pub fn pour(&self, bytes: &[u8]) {
         self.pipe.lock().unwrap().as_mut().unwrap().write_all(bytes).unwrap();
+    }
+
+    /// Lets writes of `len` bytes together, that are in the full pipe, complete.
+    pub fn drain(&self, len: usize) {
+        let mut bytes = vec![0; JAM + len];
+        self.jam.lock().unwrap().as_mut().unwrap().read_exact(&mut bytes).unwrap();
     }
 
     /// How many are held.
@@ -197,13 +208,14 @@ impl Drop for Opener {
     fn drop(&mut self) {
         self.0.release();
         drop(self.0.pipe.lock().map(|mut pipe| pipe.take()));
+        drop(self.0.jam.lock().map(|mut jam| jam.take()));
     }
 }
 
 struct Node {
     probe: Arc<Probe>,
     pipe: Option<rt::File>,
-    /// Where writes are located, with `in-place`.
+    /// Where writes are located, with `in-place` or `jammed`.
     scratch: Option<rt::File>,
 }
 
@@ -216,6 +228,7 @@ static PROBE: DriverDef = DriverDef {
         OptionSpec::required("key", Kind::Str),
         OptionSpec::optional("fast", Kind::Bool),
         OptionSpec::optional("in-place", Kind::Bool),
+        OptionSpec::optional("jammed", Kind::Bool),
     ],
     open,
     recognises: vhost_user_blk::block::Recognises::Nothing,
@@ -234,7 +247,14 @@ fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
         let file = OwnedFd::from(tempfile::tempfile().unwrap());
         rt::File::new(file, rt::Engine::Threads, 1, 1)
     });
-    Ok(Box::new(Node { probe, pipe, scratch }))
+    let jam = args.take_bool("jammed")?.unwrap_or(false).then(|| {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(&[0; JAM]).unwrap();
+        *probe.jam.lock().unwrap() = Some(reader);
+        // Not on the spot: requests must be whole blocks.
+        rt::File::new(OwnedFd::from(writer), rt::Engine::IoUring, 512, 1)
+    });
+    Ok(Box::new(Node { probe, pipe, scratch: scratch.or(jam) }))
 }
 
 impl Driver for Node {

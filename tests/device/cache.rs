@@ -2,16 +2,17 @@
 
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::json;
 use vhost_user_blk::error::Errno;
 use vhost_user_blk::export::ExportConfig;
 use virtio_bindings::virtio_blk as vb;
-use vub_client::blk::Request;
-use vub_client::proto::req;
+use vub_client::blk::{Range, Request};
+use vub_client::proto::{FLAG_NEED_REPLY, config_body, req};
 use vub_client::{Base, Client, Conn, Options, Status};
 
-use crate::common::probe::{Asked, Probe};
+use crate::common::probe::{Asked, Opener, Probe};
 use crate::common::{Disk, Engine, FileDisk, MIB, config, small};
 
 const WCE: u32 = 32;
@@ -80,6 +81,57 @@ fn the_mode_told_is_the_mode_in_force_after_a_reconnect() {
     client.start_queue(0).unwrap();
     let through = client.read_config().unwrap().wce() == 0;
     assert_eq!(changes(&mut client, &probe), plain(through));
+}
+
+/// The driver chooses write-through while requests are under way: it will not flush for them any more.
+#[test]
+fn what_is_under_way_is_made_stable_first() {
+    let (disk, probe) = Probe::disk(config());
+    let _open = Opener(Arc::clone(&probe));
+    let mut client = disk.connect(small());
+    probe.hold();
+    let q = client.queue(0);
+    let range = [Range { sector: 8, count: 1, flags: 0 }];
+    let requests = [
+        q.write_request(0, &[1; 512]).unwrap(),
+        Request::ranges(q.mem(), vb::VIRTIO_BLK_T_DISCARD, &range).unwrap(),
+        q.read_request(0, 512).unwrap(),
+    ];
+    for (n, request) in (1..).zip(requests) {
+        q.submit(request).unwrap();
+        probe.wait_held(n);
+    }
+    client.conn.send(req::SET_CONFIG, FLAG_NEED_REPLY, &config_body(WCE, 0, &[0]), &[]).unwrap();
+    probe.wait_held(4);
+    probe.release();
+    client.conn.recv().unwrap();
+    let done = client.queue(0).wait_all().unwrap();
+    assert!(done.iter().all(|d| d.status == Status::Ok));
+    let mut log = probe.take_log();
+    assert_eq!(log.split_off(4), [Asked::Flush; 2], "for the write and the discard");
+    assert_eq!(log[3], Asked::Flush, "for what had completed before");
+    assert_eq!(changes(&mut client, &probe), plain(true));
+}
+
+#[test]
+fn fast_lane_writes_under_way_are_made_stable_first() {
+    let (graph, probe) = Probe::graph(1 << 20, json!({"jammed": true}));
+    let _open = Opener(Arc::clone(&probe));
+    let disk = Disk::serve(graph, "root", config());
+    let mut client = disk.connect(small());
+    let q = client.queue(0);
+    let write = q.write_request(0, &[1; 512]).unwrap();
+    q.submit(write).unwrap();
+    // It is in the kernel when the same queue has answered another one.
+    q.push(Request::get_id(q.mem()).unwrap()).unwrap();
+    q.kick().unwrap();
+    q.wait().unwrap();
+    client.set_config(WCE, 0, &[0]).unwrap();
+    assert_eq!(probe.take_log(), [Asked::Flush], "for what had completed before");
+    assert!(client.queue(0).poll().unwrap().is_none());
+    probe.drain(512);
+    assert_eq!(client.queue(0).wait().unwrap().status, Status::Ok);
+    assert_eq!(probe.take_log(), [Asked::Flush], "for the write");
 }
 
 /// A guest that another process served until it was killed: what it thinks of the cache is not known here, and its front end

@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use vhost_user_blk::export::{ExportConfig, OnError, OnErrors};
-use vub_client::blk::Request;
-use vub_client::proto::{pf, req};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_DISCARD;
+use vub_client::blk::{Range, Request};
+use vub_client::proto::{pf, req, vring_state};
+use vub_client::ring::{Desc, F_NEXT, Seg};
 use vub_client::{Base, Buf, Client, Options, Status};
 
 use crate::common::probe::{Asked, Opener, Probe};
-use crate::common::{Disk, MIB, config, eventually, small};
+use crate::common::{Disk, MIB, SILENCE, config, eventually, small};
 
 /// Much longer than a stop may take, and than a test.
 const LATENCY: Duration = Duration::from_secs(300);
@@ -126,7 +128,7 @@ fn a_ring_stops_at_once_and_another_back_end_goes_on() {
 
 /// Reads that the kernel has, and that would never end: it is told to give them up.
 #[test]
-fn requests_are_taken_back_from_the_kernel() {
+fn fast_lane_requests_are_taken_back_from_the_kernel() {
     for packed in [false, true] {
         let (disk, probe) = Probe::piped(config());
         let mut client = disk.connect(options(packed));
@@ -248,4 +250,45 @@ fn regions_of_packed_rings() {
         given.mmap_size = 2112 * 2;
         assert_eq!(set(&given).is_err(), packed, "a split ring's");
     }
+}
+
+/// A chain that has become a lie when it is resubmitted, while the ring is being stopped: the stop waits for the others all the
+/// same, and answers where the ring stands.
+#[test]
+fn a_ring_that_breaks_while_it_stops() {
+    // One more than a worker takes at once, for each may need a large buffer.
+    const HEAVY: u16 = 65;
+    let (disk, probe) = Probe::disk(config());
+    let _open = Opener(Arc::clone(&probe));
+    let mut client = disk.connect(Options { inflight: true, ..small() });
+    let q = client.queue(0);
+    for _ in 0..HEAVY {
+        let range = [Range { sector: 0, count: 1, flags: 0 }];
+        q.push(Request::ranges(q.mem(), VIRTIO_BLK_T_DISCARD, &range).unwrap()).unwrap();
+    }
+    let heads = q.ring().heads_in_flight();
+    q.push_chain(&[Seg::inn(0, 1)]).unwrap();
+    let lie = q.ring().heads_in_flight().into_iter().find(|head| !heads.contains(head)).unwrap();
+    q.ring().mem().set_desc(lie, Desc { addr: 0, len: 1, flags: F_NEXT, next: lie });
+    client.stop_queue(0).unwrap();
+    // As it is found after a predecessor that was killed with all of them in flight.
+    client.queue(0).kick().unwrap();
+    let file = File::from(client.inflight.as_ref().unwrap().1.try_clone().unwrap());
+    for (counter, head) in (0u64..).zip(heads.into_iter().chain([lie])) {
+        let at = 16 + 16 * u64::from(head);
+        file.write_all_at(&[1], at).unwrap();
+        file.write_all_at(&counter.to_ne_bytes(), at + 8).unwrap();
+    }
+    probe.hold();
+    client.start_queue(0).unwrap();
+    probe.wait_held(usize::from(HEAVY) - 1);
+    client.conn.send(req::GET_VRING_BASE, 0, &vring_state(0, 0), &[]).unwrap();
+    client.conn.expect_silence(SILENCE).unwrap();
+    probe.release();
+    let answer = client.conn.recv().unwrap();
+    assert_eq!(answer.u32_at(4).unwrap(), u32::from(HEAVY) + 1);
+    let q = client.queue(0);
+    (0..HEAVY).for_each(|_| assert_eq!(q.poll().unwrap().expect("done").status, Status::Ok));
+    assert!(q.poll().unwrap().is_none());
+    q.wait_err().unwrap();
 }

@@ -4,11 +4,12 @@
 
 use std::sync::Arc;
 
+use serde_json::json;
 use vub_client::proto::{self, req};
 use vub_client::{Client, Conn, MemStyle, Options, Status};
 
 use crate::common::probe::{Asked, Opener, Probe};
-use crate::common::{Disk, LIMIT, SILENCE, config, eventually, small};
+use crate::common::{Disk, Image, LIMIT, MIB, SILENCE, config, eventually, small};
 
 const QUEUES: u16 = 2;
 /// Requests held on each queue.
@@ -271,4 +272,25 @@ fn nothing_is_taken_while_memory_changes() {
     probe.release();
     assert_eq!(client.conn.recv_within(LIMIT).unwrap().u64_at(0).unwrap(), 0);
     assert_eq!(client.queue(0).wait_all().unwrap().len(), 2);
+}
+
+/// An export that gives its disk up when no ring runs, and could not flush it then: it tries again when its front end goes,
+/// for nobody else would.
+#[test]
+fn a_disk_that_could_not_be_given_up_is_when_the_front_end_goes() {
+    let image = Image::new(MIB);
+    let once = json!({"event": "none", "iotype": "flush", "errno": 28, "once": true});
+    let file = json!({"driver": "file", "filename": image.path(), "locking": "off"});
+    let debug = json!({"driver": "blkdebug", "inject-error": [once, once], "image": file});
+    let root = json!({"driver": "raw", "node-name": "root", "file": debug});
+    let disk = Disk::auto(root, config());
+    let mut client = disk.connect(small());
+    client.queue(0).write(0, &[1; 512]).unwrap();
+    assert!(disk.export.is_active());
+    client.stop().unwrap();
+    assert!(disk.export.is_active(), "the write may still be saved");
+    drop(client);
+    // Served when the other one is forgotten.
+    Conn::connect(disk.path()).unwrap().get_u64(req::GET_FEATURES).unwrap();
+    assert!(!disk.export.is_active());
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
 
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_GET_ID;
 use vub_client::packed::{F_AVAIL, F_USED, WRAP};
 use vub_client::proto::req;
 use vub_client::ring::{DESC_LEN, F_INDIRECT, F_NEXT, F_WRITE, Seg};
@@ -291,4 +292,33 @@ fn an_id_that_is_in_use() {
     assert_eq!(s.u8_at(64).load(Ordering::Acquire), 0xff);
     client.queue(1).flush().unwrap();
     revive(&mut client);
+}
+
+/// Two chains that are done on the spot, and one behind them that goes on over their entries, or has the id of one, before the
+/// guest has been shown that they are done: more than the ring holds, and more than can be tracked.
+#[test]
+fn what_is_done_is_the_devices_until_it_is_shown() {
+    const SIZE: u16 = 8;
+    let disk = Disk::null(MIB, config());
+    for (inflight, last) in
+        [(true, (F_NEXT, 2)), (true, (0, 0)), (false, (F_NEXT, 2)), (false, (0, 0))]
+    {
+        let options = Options { inflight, indirect: false, queues: 2, ..options(SIZE) };
+        let mut client = disk.connect(options);
+        // All of it is there when the device looks.
+        client.stop_queue(0).unwrap();
+        let q = client.queue(0);
+        let buf = q.mem().alloc(64, 64).unwrap();
+        buf.write(0, &VIRTIO_BLK_T_GET_ID.to_le_bytes());
+        let (header, data) = (buf.gpa(), buf.gpa() + 16);
+        let get_id = |id| {
+            [(header, 16, F_NEXT, 0), (data, 20, F_NEXT | F_WRITE, 0), (data + 20, 1, F_WRITE, id)]
+        };
+        let third = [(header, 16, F_NEXT, 0), (data, 21, F_WRITE | last.0, last.1)];
+        offer(q, &[&get_id(0)[..], &get_id(1), &third].concat());
+        client.start_queue(0).unwrap();
+        client.queue(0).wait_err().unwrap();
+        client.queue(1).read(0, &mut [1; 512]).unwrap();
+        client.stop_queue(0).unwrap();
+    }
 }

@@ -30,12 +30,14 @@ struct State {
 pub struct Mock {
     queues: u16,
     state: Mutex<State>,
+    /// What happens when the configuration has just been read.
+    on_read: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     changed: Condvar,
 }
 
 impl Mock {
     pub fn new(queues: u16) -> Self {
-        Mock { queues, state: Mutex::default(), changed: Condvar::new() }
+        Mock { queues, state: Mutex::default(), on_read: Mutex::default(), changed: Condvar::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -90,6 +92,11 @@ impl Mock {
         self.changed.notify_all();
     }
 
+    /// Has `f` happen when the configuration has been read, but not been answered.
+    pub fn on_config_read(&self, f: impl FnOnce() + Send + 'static) {
+        *self.on_read.lock().unwrap() = Some(Box::new(f));
+    }
+
     /// The number of rings that run.
     pub fn running(&self) -> usize {
         self.state().running.len()
@@ -135,6 +142,8 @@ impl Device for Mock {
         for (i, byte) in to.iter_mut().enumerate() {
             *byte = Mock::config_byte(offset + i);
         }
+        let happens = self.on_read.lock().unwrap().take();
+        happens.into_iter().for_each(|f| f());
     }
 
     fn write_config(&self, offset: usize, from: &[u8]) {

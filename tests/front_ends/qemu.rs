@@ -1,6 +1,7 @@
 //! QEMU 10.0.2.
 
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use vhost_user_blk::vhost_user::Told;
 use vhost_user_blk::vhost_user::message::*;
@@ -193,6 +194,22 @@ fn q11_a_resize_is_told_when_it_is_heard_and_never_waited_for() {
     drop(channel);
     assert_eq!(told(), Told::NoChannel);
     client.sync();
+}
+
+/// What changes after the configuration was read is not in the answer: the guest must be told.
+#[test]
+fn q11_a_resize_while_the_configuration_is_read() {
+    let f = Fixture::new();
+    let client = f.connect();
+    let (theirs, ours) = UnixStream::pair().unwrap();
+    let channel = Client::over(ours);
+    client.handshake(None);
+    assert!(client.ask(SET_BACKEND_REQ_FD, &[], &[theirs.into()]));
+    let change = Arc::clone(f.server.as_ref().unwrap().config_change());
+    f.device.on_config_read(move || assert_eq!(change.changed(), Told::Later));
+    client.get(GET_CONFIG, &config_bytes(0, 57, 0, &[0; 57]));
+    client.start();
+    expect_config_change(&channel);
 }
 
 #[test]
