@@ -1,7 +1,7 @@
 //! A pool of threads for calls that block: `preadv2` and `pwritev2` without io_uring, `fdatasync`, `fallocate`, ioctls.
 //!
-//! One pool for the process, grown on demand to [`THREADS_MAX`] (QEMU's `thread-pool-max`); an idle thread leaves after
-//! [`IDLE`]. Results travel to the asking thread's mailbox. The job queue is behind a mutex: this is the engine for
+//! One pool for the process, grown on demand to 64 threads (QEMU's `thread-pool-max`); an idle thread leaves after
+//! ten seconds. Results travel to the asking thread's mailbox. The job queue is behind a mutex: this is the engine for
 //! machines without io_uring, and for calls that take longer than a lock does.
 
 use std::collections::VecDeque;

@@ -431,9 +431,11 @@ fn the_layout_is_the_documents() {
     put(8, 1);
     put(10, SIZE);
     // The entry of the second, then the one that had never been used.
-    (put(12, 2), put(14, 2));
+    put(12, 2);
+    put(14, 2);
     // From 5 on, one of one entry.
-    (put(16, 6), put(18, 6));
+    put(16, 6);
+    put(18, 6);
     put(20, 0x0101);
     let w = world.borrow();
     let descs: Vec<Desc> = w.avail.iter().flat_map(|r| r.descs.clone()).collect();
@@ -443,16 +445,18 @@ fn the_layout_is_the_documents() {
     }
     for (i, d) in (0..).zip(&descs) {
         let at = 32 + 32 * i;
-        (put(at + 16, d.link), put(at + 18, d.flags));
-        (
-            put(at + 20, d.len as u16),
-            put(at + 24, d.addr as u16),
-            put(at + 26, (d.addr >> 16) as u16),
-        );
+        put(at + 16, d.link);
+        put(at + 18, d.flags);
+        put(at + 20, d.len as u16);
+        put(at + 24, d.addr as u16);
+        put(at + 26, (d.addr >> 16) as u16);
     }
     for (head, last, num, counter, busy) in [(0, 1, 2, 0, 1), (2, 2, 1, 1, 0), (3, 5, 3, 2, 1)] {
         let at = 32 + 32 * head;
-        (put(at, busy), put(at + 4, last), put(at + 6, num), put(at + 8, counter));
+        put(at, busy);
+        put(at + 4, last);
+        put(at + 6, num);
+        put(at + 8, counter);
     }
     assert_eq!(contents(&w.region), expected);
 }

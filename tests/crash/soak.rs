@@ -216,7 +216,8 @@ fn one_packed_queue_through_the_page_cache() {
     soak(THREADS, options(1, true));
 }
 
-fn suspending(options: Options) -> Options {
+fn suspending(queues: u16, packed: bool) -> Options {
+    let options = options(queues, packed);
     let want_protocol = options.want_protocol | 1 << pf::GET_VRING_BASE_INFLIGHT;
     // A table may be sent again.
     Options { want_protocol, mem_style: MemStyle::Table, ..options }
@@ -224,22 +225,22 @@ fn suspending(options: Options) -> Options {
 
 #[test]
 fn rings_are_stopped_at_once() {
-    soak(URING, suspending(options(2, false)));
+    soak(URING, suspending(2, false));
 }
 
 #[test]
 fn packed_rings_are_stopped_at_once() {
-    soak(URING, suspending(options(2, true)));
+    soak(URING, suspending(2, true));
 }
 
 #[test]
 fn packed_rings_are_stopped_at_once_through_the_page_cache() {
-    soak(THREADS, suspending(options(4, true)));
+    soak(THREADS, suspending(4, true));
 }
 
 #[test]
 fn packed_rings_of_a_qcow2_disk_are_stopped_at_once() {
-    soak_on(&QCOW2, URING, suspending(options(2, true)));
+    soak_on(&QCOW2, URING, suspending(2, true));
 }
 
 #[test]

@@ -42,6 +42,12 @@ fn errno(result: libc::c_long) -> i32 {
     if result >= 0 { 0 } else { io::Error::last_os_error().raw_os_error().unwrap() }
 }
 
+/// A system call with numbers only.
+fn call(number: libc::c_long, [a, b, c]: [i32; 3]) -> libc::c_long {
+    // SAFETY: none of these calls gets an address but 0, which none of them takes.
+    unsafe { libc::syscall(number, i64::from(a), i64::from(b), i64::from(c)) }
+}
+
 fn opened(path: &Path, write: bool) -> i32 {
     let file = File::options().read(true).write(write).open(path);
     file.map_or_else(|e| e.raw_os_error().unwrap(), |_| 0)
@@ -93,52 +99,42 @@ fn foreign_files_are_out_of_reach() {
 
 #[test]
 fn forbidden_calls_fail_and_deadly_ones_kill() {
-    let in_there = |what: fn() -> bool| {
-        forked(move || {
+    let in_there = |what: &dyn Fn() -> bool| {
+        forked(|| {
             sandbox::enter(&Allow::default()).unwrap();
             what()
         })
     };
-    // SAFETY (all): no memory is passed, or what is passed lives through the call.
+    let refused = |(number, args)| move || errno(call(number, args)) == libc::ENOSYS;
     for forbidden in [
-        || {
-            errno(unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0) }.into())
-                == libc::ENOSYS
-        },
-        || {
-            errno(unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0) }.into())
-                == libc::ENOSYS
-        },
-        || errno(unsafe { libc::fork() }.into()) == libc::ENOSYS,
-        || errno(unsafe { libc::kill(1, 0) }.into()) == libc::ENOSYS,
-        || errno(unsafe { libc::setuid(0) }.into()) == libc::ENOSYS,
-        || errno(unsafe { libc::syscall(1_000_000) }) == libc::ENOSYS,
-        || {
-            let (prot, flags) =
-                (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-            // SAFETY: a new mapping, if it is made at all.
-            let at = unsafe { libc::mmap(std::ptr::null_mut(), 4096, prot, flags, -1, 0) };
-            at == libc::MAP_FAILED
-        },
-        || errno(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1) }.into()) == libc::ENOSYS,
-        || errno(unsafe { libc::ioctl(0, libc::TIOCSTI, 0) }.into()) == libc::ENOSYS,
+        (libc::SYS_socket, [libc::AF_INET, libc::SOCK_STREAM, 0]),
+        (libc::SYS_socket, [libc::AF_UNIX, libc::SOCK_STREAM, 0]),
+        (libc::SYS_fork, [0; 3]),
+        (libc::SYS_kill, [1, 0, 0]),
+        (libc::SYS_setuid, [0; 3]),
+        (1_000_000, [0; 3]),
+        (libc::SYS_prctl, [libc::PR_SET_DUMPABLE, 1, 0]),
+        (libc::SYS_ioctl, [0, i32::try_from(libc::TIOCSTI).unwrap(), 0]),
     ] {
-        assert_eq!(in_there(forbidden).code(), Some(0));
+        assert_eq!(in_there(&refused(forbidden)).code(), Some(0), "{forbidden:?}");
     }
-    for (n, deadly) in [
-        // SAFETY (all): as above.
-        || unsafe { libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) } == 0,
-        || unsafe {
-            libc::execve(c"/bin/true".as_ptr(), [std::ptr::null()].as_ptr(), [std::ptr::null()].as_ptr())
-        } == 0,
-        || unsafe { libc::unshare(libc::CLONE_NEWUSER) } == 0,
-        || unsafe { libc::syscall(libc::SYS_bpf, 0, 0, 0) } == 0,
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        let ended = in_there(deadly);
-        assert_eq!(ended.signal(), Some(libc::SIGSYS), "{n}: {ended:?}");
+    let executable = || {
+        let (prot, flags) =
+            (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping, if it is made at all.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), 4096, prot, flags, -1, 0) };
+        at == libc::MAP_FAILED
+    };
+    assert_eq!(in_there(&executable).code(), Some(0));
+    for deadly in [
+        (libc::SYS_ptrace, [libc::PTRACE_TRACEME.cast_signed(), 0, 0]),
+        // Without a filter: EFAULT.
+        (libc::SYS_execve, [0; 3]),
+        (libc::SYS_unshare, [libc::CLONE_NEWUSER, 0, 0]),
+        (libc::SYS_bpf, [0; 3]),
+    ] {
+        let ended = in_there(&|| call(deadly.0, deadly.1) == 0);
+        assert_eq!(ended.signal(), Some(libc::SIGSYS), "{deadly:?}: {ended:?}");
     }
 }
 
@@ -163,23 +159,14 @@ fn threads_may_do_what_they_are_for() {
         assert_eq!(ran.code(), Some(0), "{kind:?}");
     };
     in_there(Thread::Session, |file| opened(file, true) == 0 && fs::remove_file(file).is_ok());
-    // SAFETY: a null pointer is no memory.
-    in_there(Thread::Session, |_| {
-        errno(unsafe { libc::chdir(std::ptr::null()) }.into()) == libc::ENOSYS
-    });
+    in_there(Thread::Session, |_| errno(call(libc::SYS_chdir, [0; 3])) == libc::ENOSYS);
     for kind in [Thread::Worker, Thread::Pool] {
         in_there(kind, |file| opened(file, false) == libc::ENOSYS);
     }
     in_there(Thread::Worker, |_| std::thread::Builder::new().spawn(|| ()).is_ok());
-    // SAFETY: no memory is passed; the descriptor is one that the process has.
-    in_there(Thread::Pool, |_| errno(unsafe { libc::fdatasync(2) }.into()) != libc::ENOSYS);
-    // SAFETY: no memory is passed.
-    in_there(Thread::Pool, |_| errno(unsafe { libc::epoll_create1(0) }.into()) == libc::ENOSYS);
-    // SAFETY: no memory is passed.
-    in_there(Thread::Worker, |_| {
-        errno(unsafe { libc::accept4(0, std::ptr::null_mut(), std::ptr::null_mut(), 0) }.into())
-            == libc::ENOSYS
-    });
+    in_there(Thread::Pool, |_| errno(call(libc::SYS_fdatasync, [2, 0, 0])) != libc::ENOSYS);
+    in_there(Thread::Pool, |_| errno(call(libc::SYS_epoll_create1, [0; 3])) == libc::ENOSYS);
+    in_there(Thread::Worker, |_| errno(call(libc::SYS_accept4, [0; 3])) == libc::ENOSYS);
 }
 
 #[test]
