@@ -18,7 +18,7 @@ use crate::error::{Error, Result, io_err};
 use crate::mem::{Buf, GuestMem, RegionInfo};
 use crate::packed::{Packed, WRAP};
 use crate::proto::{
-    Conn, F_PROTOCOL_FEATURES, InflightDesc, mem_table, one_region, pf, req, vring_addr,
+    Conn, F_LOG_ALL, F_PROTOCOL_FEATURES, InflightDesc, mem_table, one_region, pf, req, vring_addr,
 };
 use crate::queue::{Driver, Queue};
 use crate::ring::{Ring, RingMem};
@@ -59,6 +59,9 @@ pub enum MemStyle {
     /// ADD_MEM_REG for each region.
     Slots,
 }
+
+/// Bytes that a bit of the log stands for ("Migration").
+const LOG_PAGE: u64 = 4096;
 
 /// Where a ring goes on after a reconnect; front ends differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -412,6 +415,28 @@ impl Client {
             self.enable_queue(index, true)?;
         }
         Ok(())
+    }
+
+    /// Has the back end log all pages of the guest's memory that it writes, used rings included, from now on. The log is in the memory
+    /// that is returned, one bit a page.
+    ///
+    /// # Errors
+    /// Any of this crate's.
+    pub fn log_dirty(&mut self) -> Result<Arc<GuestMem>> {
+        let end = self.mem.regions().iter().map(|(r, _)| r.gpa + r.len).max().unwrap_or(0);
+        let len = (end / LOG_PAGE / 8 + 1).next_multiple_of(LOG_PAGE);
+        let log = GuestMem::new(1, len as usize)?;
+        self.conn.set_log_base(len, 0, log.regions()[0].1)?;
+        self.conn.set_u64(req::SET_FEATURES, self.acked | F_LOG_ALL)?;
+        for (i, w) in (0..).zip(&self.wiring) {
+            let [desc, avail, used] = w.parts;
+            let mem = self.mem.regions();
+            let of =
+                |(r, _): &&(RegionInfo, RawFd)| (r.user_addr..r.user_addr + r.len).contains(&used);
+            let gpa = mem.iter().find(of).map_or(0, |(r, _)| used - r.user_addr + r.gpa);
+            self.conn.set(req::SET_VRING_ADDR, &vring_addr(i, 1, desc, used, avail, gpa), &[])?;
+        }
+        Ok(log)
     }
 
     /// SET_VRING_ENABLE.

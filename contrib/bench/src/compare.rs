@@ -14,7 +14,7 @@ use crate::backend::Program;
 use crate::bars;
 use crate::cases::{self, Case};
 use crate::idle::{self, Idle, Large};
-use crate::load::{self, Job, Mode, Report};
+use crate::load::{self, Extra, Job, Mode, Report};
 use crate::qcow2::Image;
 use crate::usage;
 
@@ -47,6 +47,12 @@ pub struct Plan {
     /// The same for B
     #[arg(long, allow_hyphen_values = true)]
     b_arg: Vec<String>,
+    /// What else A's rings are asked for (repeatable)
+    #[arg(long, value_enum)]
+    a_ring: Vec<Extra>,
+    /// The same for B
+    #[arg(long, value_enum)]
+    b_ring: Vec<Extra>,
     /// Give qemu-storage-daemon an iothread
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1,
           default_missing_value = "true")]
@@ -317,6 +323,8 @@ fn alternate(
     }
     for _ in 0..plan.repeat {
         for (program, case, runs) in &mut peers {
+            let ring = if program.label == "B" { &plan.b_ring } else { &plan.a_ring };
+            let job = Job { ring: ring.clone(), ..job.clone() };
             runs.push(quiet(plan, program, case, &job)?);
         }
     }

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
+use vub_client::proto::pf;
 use vub_client::{Client, Error, Options, Queue, Result, sys};
 
 use crate::hist::Histogram;
@@ -51,6 +52,18 @@ pub enum Mode {
     Poll,
     /// Sleeps on the call eventfd.
     Event,
+}
+
+/// What costs a ring something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Extra {
+    /// Requests in flight are tracked for a successor (INFLIGHT_SHMFD).
+    Inflight,
+    /// Written pages are logged, as during a migration (LOG_SHMFD, LOG_ALL).
+    Log,
+    /// Packed rings.
+    Packed,
 }
 
 /// A size with a binary suffix: 4k, 128k, 1g.
@@ -131,9 +144,9 @@ pub struct Job {
     /// Do not use EVENT_IDX
     #[arg(long)]
     pub no_event_idx: bool,
-    /// Have requests in flight tracked (INFLIGHT_SHMFD)
-    #[arg(long)]
-    pub inflight: bool,
+    /// What else the guest's rings ask of the back end (repeatable)
+    #[arg(long, value_enum)]
+    pub ring: Vec<Extra>,
     /// Pin client threads, the first to this CPU
     #[arg(long)]
     pub pin: Option<usize>,
@@ -200,21 +213,28 @@ impl Job {
         }
     }
 
+    fn is_logged(&self) -> bool {
+        self.ring.contains(&Extra::Log)
+    }
+
     /// The client this job needs.
     pub fn options(&self) -> Options {
         let depth = u64::from(self.iodepth);
         let lane = depth * (self.bs + 4096 + 64 + 16 * self.descs()) + (1 << 17);
         let ring = u64::from(self.queue_size) * 32 + 3 * 4096;
         let mem = (u64::from(self.queues) * (lane + ring)).next_multiple_of(1 << 21);
+        let plain = Options::default();
         Options {
             queues: self.queues,
             queue_size: self.queue_size,
             event_idx: !self.no_event_idx,
-            inflight: self.inflight,
+            inflight: self.ring.contains(&Extra::Inflight),
+            packed: self.ring.contains(&Extra::Packed),
             indirect: !self.no_indirect,
             polling: self.client == Mode::Poll,
             mem_size: usize::try_from(mem).unwrap_or(usize::MAX),
-            ..Options::default()
+            want_protocol: plain.want_protocol | u64::from(self.is_logged()) << pf::LOG_SHMFD,
+            ..plain
         }
     }
 }
@@ -282,6 +302,8 @@ impl Tally {
 /// The client's, and `Protocol` for a job that does not fit the disk.
 pub fn run(job: &Job, client: &mut Client, pid: Option<u32>) -> Result<Report> {
     let capacity = client.capacity() * 512;
+    // Must outlive the job.
+    let _log = if job.is_logged() { Some(client.log_dirty()?) } else { None };
     run_queues(job, client.take_queues(), capacity, pid)
 }
 
