@@ -62,8 +62,6 @@ pub enum Extra {
     Inflight,
     /// Written pages are logged, as during a migration (LOG_SHMFD, LOG_ALL).
     Log,
-    /// Packed rings.
-    Packed,
 }
 
 /// A size with a binary suffix: 4k, 128k, 1g.
@@ -229,7 +227,6 @@ impl Job {
             queue_size: self.queue_size,
             event_idx: !self.no_event_idx,
             inflight: self.ring.contains(&Extra::Inflight),
-            packed: self.ring.contains(&Extra::Packed),
             indirect: !self.no_indirect,
             polling: self.client == Mode::Poll,
             mem_size: usize::try_from(mem).unwrap_or(usize::MAX),

@@ -224,7 +224,7 @@ fn tables_that_say_something_else_stay_as_they_are() {
 #[test]
 fn a_full_journal_makes_room() {
     let bed = Bed::new(
-        "truncate -s 200G base; qemu-img create -q -f qcow2 -o cluster_size=2M -b base -F raw x",
+        "truncate -s 1700G base; qemu-img create -q -f qcow2 -o cluster_size=2M -b base -F raw x",
     );
     let options = json!({
         "l2-cache-entry-size": 2 << 20, "l2-cache-size": 4 << 20,
