@@ -172,7 +172,13 @@ impl Journal {
             std::os::unix::fs::fchown(&file, user, group)?;
         }
         let left = if meta.len() == 0 { Ok(None) } else { read(&file, meta.len(), of) };
-        crate::sys::allocate(&file, WORDS as u64 * 8)?;
+        if let Err(e) = crate::sys::allocate(&file, WORDS as u64 * 8) {
+            // A part of it may be there: somebody else needs that room more.
+            if meta.len() == 0 {
+                fs::remove_file(&path)?;
+            }
+            return Err(e);
+        }
         file.set_len(WORDS as u64 * 8)?;
         let map = Arena::shared(&file, WORDS).map_err(|e| io::Error::from_raw_os_error(e.0))?;
         Ok((Journal { map, path, _file: file }, left))
