@@ -1,36 +1,22 @@
 //! Hostile guests and front ends, with fixed seeds: see `fuzz/src/hostile.rs`. Whoever finds more uses libFuzzer:
 //! `contrib/fuzz`.
 //!
-//! `VUB_FUZZ_SEED`: one seed only; `VUB_FUZZ_FIRST`, `VUB_FUZZ_SECONDS`: as many as fit. What is interesting is in
-//! `fuzz/corpus`, one file for each input of libFuzzer's that is to be run for ever.
+//! Variables: see `common/seeds.rs`. What is interesting is in `fuzz/corpus`, one file for each input of libFuzzer's that is
+//! to be run for ever.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 #[path = "../fuzz/src/hostile.rs"]
 mod hostile;
+#[path = "common/seeds.rs"]
+mod seeds;
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 use vhost_user_blk::sim::Rng;
 
 /// Bytes of entropy of a run, at most.
 const ENTROPY: usize = 1500;
-
-/// Tells the input of a run that does not come to its end.
-struct Input(String);
-
-impl Drop for Input {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("{}", self.0);
-        }
-    }
-}
-
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok().map(|n| n.parse().expect("a number"))
-}
 
 /// The inputs that are kept for `target`, with their names.
 fn corpus(target: &str) -> Vec<(PathBuf, Vec<u8>)> {
@@ -67,26 +53,12 @@ fn input(seed: u64, corpus: &[(PathBuf, Vec<u8>)]) -> Vec<u8> {
 /// Runs `target` for the corpus, then for `count` seeds.
 fn run(name: &'static str, count: u64, target: fn(&[u8])) {
     let corpus = corpus(name);
-    let one = |seed| {
-        let _told = Input(format!("{name}: VUB_FUZZ_SEED={seed}"));
-        target(&input(seed, &corpus));
-    };
-    if let Some(seed) = number("VUB_FUZZ_SEED") {
-        return one(seed);
-    }
     assert!(!corpus.is_empty(), "the corpus is there");
-    for (path, bytes) in &corpus {
-        let _told = Input(path.display().to_string());
+    for (path, bytes) in corpus.iter().filter(|_| seeds::only().is_none()) {
+        let _told = seeds::Told(path.display().to_string());
         target(bytes);
     }
-    let first = number("VUB_FUZZ_FIRST").unwrap_or(1);
-    let (start, time) = (Instant::now(), number("VUB_FUZZ_SECONDS").map(Duration::from_secs));
-    let mut seed = first;
-    while time.map_or(seed < first + count, |time| start.elapsed() < time) {
-        one(seed);
-        seed += 1;
-    }
-    println!("{name}: {} runs in {:.1} s", seed - first, start.elapsed().as_secs_f64());
+    seeds::run(name, count, |seed| target(&input(seed, &corpus)));
 }
 
 #[test]
