@@ -13,7 +13,7 @@ use vub_client::{Client, Options};
 use crate::common::LIMIT;
 use crate::fellow::{ACTIVATED, EXPORT, FAILED, Fellow, GO, HELLO, READY, frame};
 use crate::load::{disk, new_model, options, under_load, wait};
-use crate::place::{PROGRAM, Place, wait_for};
+use crate::place::{PROGRAM, Place, assert_clean, wait_for};
 
 /// While a guest works: `fail` something, see that it goes on, and take over in earnest at last.
 fn survive(format: &str, options: Options, fail: impl FnOnce(&mut Place, &Receiver<usize>)) {
@@ -30,10 +30,7 @@ fn survive(format: &str, options: Options, fail: impl FnOnce(&mut Place, &Receiv
     drop(client);
     let dir = place.stop();
     if format == "qcow2" {
-        let mut check = Command::new("qemu-img");
-        check.args(["check", "-f", "qcow2"]).arg(dir.path().join("image"));
-        let text = String::from_utf8(check.output().unwrap().stdout).unwrap();
-        assert!(text.contains("No errors were found"), "{text}");
+        assert_clean(&dir.path().join("image"));
     }
 }
 

@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::place::{Place, wait_for};
+use crate::place::{Place, assert_clean, wait_for};
 
 const TAKE_OVERS: usize = 3;
 
@@ -47,9 +47,5 @@ fn a_guest_verifies_through_take_overs() {
     let log = place.log();
     assert!(!log.contains("ERROR"), "{log}");
     assert_eq!(log.matches("front end connected").count(), 1, "it never had to reconnect: {log}");
-    let dir = place.stop();
-    let mut check = Command::new("qemu-img");
-    let check = check.args(["check", "-f", "qcow2"]).arg(dir.path().join("image")).output();
-    let text = String::from_utf8(check.unwrap().stdout).unwrap();
-    assert!(text.contains("No errors were found"), "{text}");
+    assert_clean(&place.stop().path().join("image"));
 }

@@ -8,7 +8,7 @@ use vub_client::{Client, Options};
 
 use crate::common::{LIMIT, MIB};
 use crate::model::{Load, Model, Stop};
-use crate::place::Place;
+use crate::place::{Place, assert_clean};
 
 const SIZE: u64 = 8 * MIB;
 const TAKE_OVERS: usize = 20;
@@ -139,10 +139,7 @@ fn soak(format: &str, options: Options) {
     drop(client);
     let dir = place.stop();
     if format == "qcow2" {
-        let mut check = Command::new("qemu-img");
-        check.args(["check", "-f", "qcow2"]).arg(dir.path().join("image"));
-        let text = String::from_utf8(check.output().unwrap().stdout).unwrap();
-        assert!(text.contains("No errors were found"), "{text}");
+        assert_clean(&dir.path().join("image"));
     }
 }
 

@@ -29,6 +29,13 @@ pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// qemu-img finds nothing wrong with the qcow2 image at `image`, no leak either.
+pub fn assert_clean(image: &Path) {
+    let check = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(image).output();
+    let text = String::from_utf8(check.unwrap().stdout).unwrap();
+    assert!(text.contains("No errors were found"), "{text}");
+}
+
 impl Place {
     /// A directory beside the sources' build: a real file system.
     pub fn dir() -> TempDir {
