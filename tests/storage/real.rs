@@ -17,6 +17,17 @@ fn exported(id: &str, options: Value, write: OnError) -> Disk {
     Disk::of(options, ExportConfig { id: id.into(), on_error, ..config() })
 }
 
+/// A loop device over `image`, exported.
+fn loop_exported(id: &str, image: &Image, engine: Engine, write: OnError) -> (Loop, Disk) {
+    let device = Loop::over(&image.path(), 512);
+    let options = json!({
+        "driver": "host_device", "node-name": "root", "filename": device.0, "aio": engine.aio,
+        "cache": {"direct": engine.direct},
+    });
+    let disk = exported(id, options, write);
+    (device, disk)
+}
+
 fn resize(path: &std::path::Path, len: u64) {
     File::options().write(true).open(path).unwrap().set_len(len).unwrap();
 }
@@ -90,15 +101,9 @@ fn a_device_cut_short() {
         return;
     }
     for engine in ENGINES {
-        let Engine { aio, direct } = engine;
         let image = Image::new(4 * MIB);
-        let device = Loop::over(&image.path(), 512);
-        let id = format!("shorter-{aio}-{direct}");
-        let options = json!({
-            "driver": "host_device", "node-name": "root", "filename": device.0, "aio": aio,
-            "cache": {"direct": direct},
-        });
-        let disk = exported(&id, options, OnError::Enospc);
+        let id = format!("shorter-{}-{}", engine.aio, engine.direct);
+        let (device, disk) = loop_exported(&id, &image, engine, OnError::Enospc);
         let mut client = disk.connect(small());
         let q = client.queue(0);
         resize(&image.path(), 2 * MIB);
@@ -126,15 +131,9 @@ fn a_vanished_device() {
         return;
     }
     for engine in ENGINES {
-        let Engine { aio, direct } = engine;
         let image = Image::new(4 * MIB);
-        let device = Loop::over(&image.path(), 512);
-        let id = format!("vanished-{aio}-{direct}");
-        let options = json!({
-            "driver": "host_device", "node-name": "root", "filename": device.0, "aio": aio,
-            "cache": {"direct": direct},
-        });
-        let disk = exported(&id, options, OnError::Report);
+        let id = format!("vanished-{}-{}", engine.aio, engine.direct);
+        let (_device, disk) = loop_exported(&id, &image, engine, OnError::Report);
         let mut client = disk.connect(small());
         let q = client.queue(0);
         q.write(0, &[3; 4096]).unwrap();
