@@ -198,7 +198,7 @@ fn begin(
     takeover: Option<&mut Takeover>,
     signals: &Signals,
 ) -> Result<Next> {
-    if let Next::Print(text) = session.process_after(settings, takeover.is_some())? {
+    if let Next::Print(text) = session.process(settings, takeover.is_some())? {
         return Ok(Next::Print(text));
     }
     if let Some(takeover) = takeover {
@@ -229,11 +229,11 @@ fn begin(
 
 /// Becomes another user and enters the sandbox, as `settings` say. Names that lie in `dirs` will have to be removed.
 fn confine(session: &Session, settings: &Settings, dirs: Vec<PathBuf>) -> Result<()> {
-    if settings.sandbox {
+    if !settings.unconfined {
         privileges::bound_capabilities();
     }
     settings.identity.assume().map_err(|e| err!("cannot become another user: {e}"))?;
-    if settings.sandbox {
+    if !settings.unconfined {
         let mut allow = Allow::default();
         settings.allow.iter().for_each(|path| allow.directory(path));
         dirs.into_iter().for_each(|dir| allow.remove_in(dir));

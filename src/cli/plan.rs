@@ -20,7 +20,7 @@ pub enum Plan {
 }
 
 /// Settings that do not depend on the order of the options.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Settings {
     /// The arguments themselves.
     pub args: Vec<String>,
@@ -54,8 +54,8 @@ pub struct Settings {
     pub node_name: Option<Item>,
     /// `--read-only`.
     pub read_only: bool,
-    /// `--sandbox`.
-    pub sandbox: bool,
+    /// `--sandbox=off`.
+    pub unconfined: bool,
     /// `--allow-path`, each absolute: a daemon changes its directory.
     pub allow: Vec<PathBuf>,
     /// `--user`.
@@ -64,34 +64,6 @@ pub struct Settings {
     pub group: Option<String>,
     /// Who these are.
     pub identity: Identity,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Settings {
-            args: Vec::new(),
-            control: None,
-            take_over: None,
-            items: Vec::new(),
-            daemonize: false,
-            pidfile: None,
-            log_level: None,
-            print_graph: None,
-            exports: Defaults::default(),
-            socket_path: None,
-            fd: None,
-            blk_file: None,
-            format: None,
-            node_name: None,
-            read_only: false,
-            state_dir: None,
-            sandbox: true,
-            allow: Vec::new(),
-            user: None,
-            group: None,
-            identity: Identity::default(),
-        }
-    }
 }
 
 impl Plan {
@@ -148,7 +120,7 @@ impl Settings {
             Some(Opt::NodeName) => self.node_name = Some(item.clone()),
             Some(Opt::Format) => self.format = value(),
             Some(Opt::ReadOnly) => self.read_only = true,
-            Some(Opt::Sandbox) => self.sandbox = parse_switch(item.argument())?,
+            Some(Opt::Sandbox) => self.unconfined = !parse_switch(item.argument())?,
             Some(Opt::AllowPath) => self.allow.push(existing(item.argument())?),
             Some(Opt::User) => self.user = value(),
             Some(Opt::Group) => self.group = value(),

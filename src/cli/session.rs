@@ -66,19 +66,12 @@ impl Session {
         }
     }
 
-    /// Processes all options. What was made before an error stays until [`Session::close`].
+    /// Processes all options. What was made before an error stays until [`Session::close`]. If there is a `predecessor`,
+    /// nodes are only looked at, and nobody listens: it will give all that.
     ///
     /// # Errors
     /// The first, with the option's text in front.
-    pub fn process(&mut self, settings: &Settings) -> Result<Next> {
-        self.process_after(settings, false)
-    }
-
-    /// The same; if there is a `predecessor`, nodes are only looked at, and nobody listens: it will give all that.
-    ///
-    /// # Errors
-    /// The first, with the option's text in front.
-    pub fn process_after(&mut self, settings: &Settings, predecessor: bool) -> Result<Next> {
+    pub fn process(&mut self, settings: &Settings, predecessor: bool) -> Result<Next> {
         let strict = settings.items.iter().any(|item| item.opt == Some(Opt::StrictFormats));
         self.graph.set_strict_formats(strict);
         self.graph.set_lock_patience(LOCK_PATIENCE);
