@@ -38,7 +38,7 @@ use active::Activation;
 use cache::Cache;
 use policy::Reports;
 pub use policy::{OnError, OnErrors};
-use queue::Queue;
+use queue::{Queue, Stop};
 use request::Doing;
 use worker::Command;
 
@@ -252,7 +252,7 @@ impl Export {
         }
         let count = lock(&self.state).running.len();
         let all: Vec<u16> = (0..u16::try_from(count).unwrap_or(u16::MAX)).collect();
-        self.halt_queues(&all, false);
+        self.halt_queues(&all, Stop::Leave);
         let workers: Vec<Worker> =
             lock(&self.state).workers.iter_mut().filter_map(Option::take).collect();
         for worker in workers {
@@ -303,16 +303,12 @@ impl Export {
         flushed
     }
 
-    /// Stops queues, at the same time, drained or as [`Queue::suspend`] has it. Where each ring would go on, if it was running.
-    fn halt_queues(&self, indexes: &[u16], suspend: bool) -> Vec<Option<u32>> {
+    /// Stops queues, at the same time. Where each ring would go on, if it was running.
+    fn halt_queues(&self, indexes: &[u16], how: Stop) -> Vec<Option<u32>> {
         let stop = |index: u16| {
             let running = lock(&self.state).running.get(usize::from(index)).copied()?;
             let inbox = if running { self.worker(index, false).ok().flatten() } else { None };
-            let make = |answer| match suspend {
-                false => Command::Stop(index, answer),
-                true => Command::Suspend(index, answer),
-            };
-            Some((index, Export::post(&*inbox?, make)))
+            Some((index, Export::post(&*inbox?, |answer| Command::Stop(index, how, answer))))
         };
         let stopping: Vec<_> = indexes.iter().map(|index| stop(*index)).collect();
         let wait = |(index, wait)| self.wait(&wait, &format!("queue {index}"));
@@ -327,8 +323,8 @@ impl Export {
     }
 
     /// [`Export::halt_queues`], and a flush after the last one.
-    fn end_queues(&self, indexes: &[u16], suspend: bool) -> Vec<Option<u32>> {
-        let next = self.halt_queues(indexes, suspend);
+    fn end_queues(&self, indexes: &[u16], how: Stop) -> Vec<Option<u32>> {
+        let next = self.halt_queues(indexes, how);
         // The guest has reset its driver, moves to another host, or is gone: what it has not flushed may stay unflushed
         // for ever.
         if !lock(&self.state).running.contains(&true) {
@@ -502,15 +498,19 @@ impl Device for Export {
     }
 
     fn stop_queue(&self, index: u16) -> Option<u32> {
-        self.end_queues(&[index], false).pop().flatten()
+        self.end_queues(&[index], Stop::Drain).pop().flatten()
     }
 
     fn suspend_queue(&self, index: u16) -> Option<u32> {
-        self.end_queues(&[index], true).pop().flatten()
+        self.end_queues(&[index], Stop::Suspend).pop().flatten()
     }
 
     fn stop_queues(&self, indexes: &[u16]) -> Vec<Option<u32>> {
-        self.end_queues(indexes, false)
+        self.end_queues(indexes, Stop::Drain)
+    }
+
+    fn leave_queues(&self, indexes: &[u16]) -> Vec<Option<u32>> {
+        self.end_queues(indexes, Stop::Leave)
     }
 
     fn about_to_stop(&self) {

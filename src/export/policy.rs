@@ -2,7 +2,8 @@
 //!
 //! With `stop` a failed request is kept, and its queue takes no others, until [`super::Export::resume`] has it tried again and it
 //! succeeds; a disk that was full is tried again every second anyway. The guest waits, as for a slow disk. A queue that
-//! must come to rest (GET_VRING_BASE, a front end that goes, other guest memory) waits for nobody: what it keeps fails then.
+//! must come to rest (GET_VRING_BASE, other guest memory) waits for nobody: what it keeps fails then. When the front end goes, or
+//! this program, what is kept stays in flight for who comes next, if there is a region that says so; else it fails.
 #![forbid(unsafe_code)]
 
 use std::time::{Duration, Instant};

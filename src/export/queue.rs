@@ -32,9 +32,19 @@ enum State {
     /// The guest's lie was found; what is in flight completes, nothing more is taken.
     Broken,
     /// Waiting for what is in flight; then where the ring would go on is sent.
-    Stopping(SyncSender<u32>),
-    /// Likewise, but what does not come to a good end stays in flight for our successor.
-    Suspending(SyncSender<u32>),
+    Stopping(Stop, SyncSender<u32>),
+}
+
+/// How a queue is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// What is in flight completes; requests that failed and are kept have failed.
+    Drain,
+    /// The connection, or the program, ends: as `Drain`, but what is kept stays in flight for our successor.
+    Leave,
+    /// At once: whatever can be given up stays in flight, requests that are kept, that are to be resubmitted, that wait for
+    /// nobody but us or can be taken back from the kernel. What is nearly done completes.
+    Suspend,
 }
 
 /// Everything about one running queue. Owned by its worker.
@@ -61,7 +71,7 @@ pub struct Queue {
     err: Option<File>,
     /// The reactor's key for the kick descriptor.
     pub watch: Option<usize>,
-    /// Nobody waits for its requests any more: set when it is suspended.
+    /// Nobody waits for its requests any more: set when it is suspended ([`Stop::Suspend`]).
     cancelled: Arc<AtomicBool>,
     /// The driver does not know FLUSH: every write must be stable (VIRTIO 1.3, 5.2.6.2).
     write_through: bool,
@@ -343,9 +353,16 @@ impl Queue {
             Err(Errno::ENOTSUP) if doing.optional => Status::Unsupp,
             Err(e) => {
                 let verdict = self.shared.on_error.verdict(&doing, e);
-                if verdict == Verdict::Stop && matches!(self.state, State::Running | State::Held) {
-                    self.keep(head, slow, e);
-                    return None;
+                match self.state {
+                    State::Running | State::Held if verdict == Verdict::Stop => {
+                        self.keep(head, slow, e);
+                        return None;
+                    }
+                    State::Stopping(Stop::Leave, _) if verdict == Verdict::Stop => {
+                        self.leave_in_flight(head);
+                        return None;
+                    }
+                    _ => {}
                 }
                 self.shared.report(&doing, e);
                 if verdict == Verdict::Ignore { Status::Ok } else { Status::IoErr }
@@ -495,7 +512,7 @@ impl Queue {
     fn break_ring(&mut self, why: &str) {
         log::warn!("export '{}': queue {} is broken: {why}", self.shared.id, self.index);
         // Whoever waits for the ring to stop waits on for what is in flight.
-        if !matches!(self.state, State::Stopping(_) | State::Suspending(_)) {
+        if !matches!(self.state, State::Stopping(..)) {
             self.set_state(State::Broken);
         }
         if let Some(tracker) = &mut self.tracker {
@@ -506,33 +523,32 @@ impl Queue {
         }
     }
 
-    /// Takes no more; once nothing is in flight, `answer` gets the ring's base.
-    pub fn stop(&mut self, answer: SyncSender<u32>) {
-        self.give_up();
-        self.set_state(State::Stopping(answer));
-    }
-
-    /// Takes no more, and gives up what can be given up: requests that are kept, that are to be resubmitted, that wait
-    /// for nobody but us or can be taken back from the kernel. They stay in flight for our successor; what is nearly done
-    /// completes. `answer` gets the ring's base when nothing of the guest's memory is in use. Without a tracker nobody would
-    /// know of them: then it is [`Queue::stop`].
-    pub fn suspend(&mut self, answer: SyncSender<u32>, reactor: &mut Reactor) {
-        let Some(tracker) = &mut self.tracker else { return self.stop(answer) };
-        tracker.give_up();
-        self.set_state(State::Suspending(answer));
-        self.cancelled.store(true, Ordering::Relaxed);
+    /// Takes no more; once nothing of the guest's memory is in use, `answer` gets the ring's base. Requests stay in flight
+    /// only if a tracker tells our successor of them: without one every stop is [`Stop::Drain`].
+    pub fn stop(&mut self, how: Stop, answer: SyncSender<u32>, reactor: &mut Reactor) {
+        let how = if self.tracker.is_some() { how } else { Stop::Drain };
+        if how == Stop::Drain {
+            self.give_up();
+        }
+        self.set_state(State::Stopping(how, answer));
         for (head, _) in self.retry() {
             self.leave_in_flight(head);
         }
-        for (head, slot) in (0..).zip(&self.slots) {
-            if slot.transfer.is_some() {
-                reactor.cancel(payload(self.index, head));
+        if how == Stop::Suspend {
+            if let Some(tracker) = &mut self.tracker {
+                tracker.give_up();
+            }
+            self.cancelled.store(true, Ordering::Relaxed);
+            for (head, slot) in (0..).zip(&self.slots) {
+                if slot.transfer.is_some() {
+                    reactor.cancel(payload(self.index, head));
+                }
             }
         }
     }
 
     fn is_suspending(&self) -> bool {
-        matches!(self.state, State::Suspending(_))
+        matches!(self.state, State::Stopping(Stop::Suspend, _))
     }
 
     /// Whether nobody waits for the queue's requests any more.
@@ -543,9 +559,7 @@ impl Queue {
     /// If the queue is being stopped and nothing is in flight: who waits, and the ring's base.
     pub fn stopped(&self) -> Option<(&SyncSender<u32>, u32)> {
         match &self.state {
-            State::Stopping(answer) | State::Suspending(answer)
-                if self.in_flight == 0 && self.waiting() == 0 =>
-            {
+            State::Stopping(_, answer) if self.in_flight == 0 && self.waiting() == 0 => {
                 Some((answer, self.ring.base()))
             }
             _ => None,

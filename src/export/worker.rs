@@ -14,7 +14,7 @@ use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
 use super::policy::RETRY;
-use super::queue::{Queue, Started, from_payload, payload};
+use super::queue::{Queue, Started, Stop, from_payload, payload};
 use super::request::Slow;
 use crate::error::Errno;
 use crate::mem::{GuestMap, RingLog, sigbus};
@@ -40,10 +40,8 @@ const POLLED_RING_PAUSE: Duration = Duration::from_micros(100);
 pub enum Command {
     /// Serve this queue.
     Start(Box<Queue>, SyncSender<()>),
-    /// Stop this queue: drain, then answer its ring's base.
-    Stop(u16, SyncSender<u32>),
-    /// Stop this queue at once, see [`Queue::suspend`]; then answer its ring's base.
-    Suspend(u16, SyncSender<u32>),
+    /// Stop this queue, then answer its ring's base.
+    Stop(u16, Stop, SyncSender<u32>),
     /// Replace a queue's call descriptor.
     SetCall(u16, Option<OwnedFd>, SyncSender<()>),
     /// Replace a queue's error descriptor.
@@ -277,15 +275,12 @@ impl Worker {
                 self.queues.push(*q);
                 drop(done);
             }
-            Command::Stop(i, answer) => {
+            Command::Stop(i, how, answer) => {
                 if let Some(q) = queue(&mut self.queues, i) {
-                    q.stop(answer);
-                }
-            }
-            Command::Suspend(i, answer) => {
-                if let Some(q) = queue(&mut self.queues, i) {
-                    q.suspend(answer, &mut self.rt.reactor.borrow_mut());
-                    self.rt.wake_sleepers();
+                    q.stop(how, answer, &mut self.rt.reactor.borrow_mut());
+                    if how == Stop::Suspend {
+                        self.rt.wake_sleepers();
+                    }
                 }
             }
             Command::SetCall(i, fd, done) => {

@@ -97,6 +97,11 @@ pub trait Device: Send + Sync {
     fn stop_queues(&self, indexes: &[u16]) -> Vec<Option<u32>> {
         indexes.iter().map(|index| self.stop_queue(*index)).collect()
     }
+    /// [`Device::stop_queues`] at the end of a connection: requests that failed, and wait for the storage to work again, stay as
+    /// they are in [`QueueSetup::inflight`] for the next one, where there is such a thing.
+    fn leave_queues(&self, indexes: &[u16]) -> Vec<Option<u32>> {
+        self.stop_queues(indexes)
+    }
     /// All rings will be stopped in a moment, and the guest waits for them to start again: what can be done before should be.
     fn about_to_stop(&self) {}
     /// A message has been handled, and no ring runs; its answer goes out afterwards. A ring that only moves does not come by

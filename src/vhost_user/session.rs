@@ -109,7 +109,7 @@ impl<'a> Session<'a> {
     pub(super) fn go_on(mut self, channel: &mut Channel<'_>, ran: &[usize]) -> End {
         self.resume(ran);
         let end = self.converse(channel);
-        self.halt_all();
+        self.end_all(|device, queues| device.leave_queues(queues));
         self.config_change.detach();
         self.map = Arc::default();
         self.state = None;
@@ -599,12 +599,16 @@ impl Session<'_> {
 
     /// The same for all: they do not wait for each other.
     fn halt_all(&mut self) {
+        self.end_all(|device, queues| device.stop_queues(queues));
+    }
+
+    fn end_all(&mut self, stop: impl FnOnce(&dyn Device, &[u16]) -> Vec<Option<u32>>) {
         let running: Vec<usize> = self.all().filter(|i| self.rings[*i].running).collect();
         if running.is_empty() {
             return;
         }
         let queues: Vec<u16> = running.iter().map(|i| queue(*i)).collect();
-        let bases = self.device.stop_queues(&queues);
+        let bases = stop(self.device, &queues);
         for (i, base) in running.into_iter().zip(bases) {
             self.halted(i, base);
         }

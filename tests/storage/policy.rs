@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use vhost_user_blk::export::{ExportConfig, OnError, OnErrors};
-use vub_client::{Client, Options, Status};
+use vub_client::{Base, Client, Options, Status};
 
 use crate::common::{Disk, Image, SILENCE, config, eventually, small};
 use crate::injected::{disk, status};
@@ -16,10 +16,15 @@ fn policy(read: OnError, write: OnError) -> ExportConfig {
 
 /// A disk whose first write, or read, fails with `errno` and is kept by queue 0 of two.
 fn held(id: &str, kind: &str, errno: i32) -> (Disk, Image, Client) {
+    held_by(id, kind, errno, Options { queues: 2, ..small() })
+}
+
+/// The same for a front end with `options`.
+fn held_by(id: &str, kind: &str, errno: i32, options: Options) -> (Disk, Image, Client) {
     let rule = json!({"event": "none", "iotype": kind, "errno": errno, "once": true});
     let config = policy(OnError::Stop, OnError::Stop);
     let (disk, image) = disk(id, &json!({"inject-error": [rule]}), config);
-    let mut client = disk.connect(Options { queues: 2, ..small() });
+    let mut client = disk.connect(options);
     let q = client.queue(0);
     let request = match kind {
         "write" => q.write_request(8, &[7; 4096]),
@@ -92,6 +97,27 @@ fn a_stopped_queue_can_be_taken_away() {
     client.unplug_memory(region).unwrap();
     assert_eq!(client.queue(0).wait().unwrap().status, Status::IoErr);
     client.queue(0).write(0, &[1; 512]).unwrap();
+}
+
+/// A front end that went and comes back, with the region that says what was in flight: the request did not fail meanwhile, it is
+/// carried out.
+#[test]
+fn what_is_kept_stays_in_flight_without_a_front_end() {
+    for kind in ["write", "read"] {
+        let id = format!("back-{kind}");
+        let options = Options { queues: 2, inflight: true, ..small() };
+        let (disk, _image, mut client) = held_by(&id, kind, libc::EIO, options);
+        client.hang_up().unwrap();
+        client.reconnect(disk.path(), Base::Used).unwrap();
+        assert_eq!(client.queue(0).wait().unwrap().status, Status::Ok, "{kind}");
+        assert!(!disk.export.is_holding());
+        if kind == "write" {
+            let mut back = [0; 4096];
+            client.queue(0).read(8, &mut back).unwrap();
+            assert_eq!(back, [7; 4096]);
+        }
+        assert!(!logged::of(&id).iter().any(|line| line.contains("given up")), "{kind}");
+    }
 }
 
 /// The program ends, too.
