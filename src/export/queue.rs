@@ -502,10 +502,20 @@ impl Queue {
         }
     }
 
-    /// Breaks the queue if its memory has been taken away, see [`crate::mem::sigbus`].
+    /// Breaks the queue if memory that it shares has been taken away, see [`crate::mem::sigbus`]: what it would go on to log, or
+    /// to track, nobody would hear of.
     pub fn check_memory(&mut self) {
-        if matches!(self.state, State::Running) && self.ring.map().is_lost() {
-            self.break_ring("the front end has cut the file of its memory short");
+        let lost = if self.ring.map().is_lost() {
+            "its memory"
+        } else if self.ring.log_is_lost() {
+            "the dirty log"
+        } else if self.tracker.as_ref().is_some_and(Tracking::is_lost) {
+            "the in-flight region"
+        } else {
+            return;
+        };
+        if matches!(self.state, State::Running) {
+            self.break_ring(&format!("the front end has cut the file of {lost} short"));
         }
     }
 

@@ -481,13 +481,21 @@ impl Session<'_> {
 /// The dirty log ("Migration").
 impl Session<'_> {
     /// SET_LOG_BASE, also while rings run. Its answer says that the log before is not written any more, and is the
-    /// description of the log: rust-vmm wants those 16 bytes, QEMU any reply. A log that cannot be had leaves none.
+    /// description of the log: rust-vmm wants those 16 bytes, QEMU any reply. A log that cannot be had leaves none, and QEMU does not
+    /// notice: rings that must log come to rest until there is one, or nothing is to be logged any more. A guest that waits is
+    /// better than one whose copy misses pages.
     fn set_log(&mut self, m: &mut Message) -> Result<Answer> {
         let place = m.log_place()?;
         let log = m.take_fd().and_then(|fd| memory::log(place, fd));
         let outcome = log.as_ref().map(|_| ()).map_err(|e| err!("{e}"));
         self.log = Some(log);
+        let lacks = |i: &usize| self.rings[*i].running && self.lacks_log(*i);
+        for i in self.all().filter(lacks).collect::<Vec<_>>() {
+            self.warn(&format!("queue {i}: it must log what it writes, and cannot: it waits"));
+            self.halt(i);
+        }
         self.switch_log();
+        self.start_wanted();
         outcome.map(|()| if self.log_is_answered() { Answer::Log(place) } else { Answer::Done })
     }
 
@@ -500,12 +508,24 @@ impl Session<'_> {
         matches!(self.log, Some(Ok(_)))
     }
 
+    /// Whether ring `i` is to log data, and where it is to log its used ring.
+    fn logs(&self, i: usize) -> (bool, Option<u64>) {
+        let data = self.features.is_some_and(|f| f & VHOST_F_LOG_ALL != 0);
+        let used = self.rings[i].addr.filter(|a| a.flags & VRING_F_LOG != 0).map(|a| a.log);
+        (data, used)
+    }
+
     /// What ring `i` is to log now.
     fn ring_log(&self, i: usize) -> Option<RingLog> {
         let Some(Ok(log)) = &self.log else { return None };
-        let data = self.features.is_some_and(|f| f & VHOST_F_LOG_ALL != 0);
-        let used = self.rings[i].addr.filter(|a| a.flags & VRING_F_LOG != 0).map(|a| a.log);
+        let (data, used) = self.logs(i);
         (data || used.is_some()).then(|| RingLog { log: Arc::clone(log), data, used })
+    }
+
+    /// Whether ring `i` is to log and its log could not be had. Before any was given nobody asks for one: front ends that never
+    /// migrate accept LOG_ALL, too.
+    fn lacks_log(&self, i: usize) -> bool {
+        matches!(self.log, Some(Err(_))) && self.logs(i) != (false, None)
     }
 
     /// Running rings log as is wanted now. They do not stop for it.
@@ -523,7 +543,8 @@ impl Session<'_> {
         let log = self.ring_log(i);
         let ring = &self.rings[i];
         let Some(features) = self.features.map(|f| f & !OWN) else { return Ok(()) };
-        if ring.running || !ring.is_wanted() || self.map.regions().is_empty() {
+        let can = !self.map.regions().is_empty() && !self.lacks_log(i);
+        if ring.running || !ring.is_wanted() || !can {
             return Ok(());
         }
         self.check_ring(i)?;

@@ -52,7 +52,7 @@ pub fn part_len(size: u16, packed: bool) -> u64 {
 /// The part of one queue. It is nobody's Rust object: atomics only.
 pub struct View {
     /// Keeps it mapped.
-    _region: Arc<Region>,
+    region: Arc<Region>,
     base: *mut u8,
     /// Bytes from `base` on.
     len: usize,
@@ -72,7 +72,12 @@ impl View {
         let base = region.host().wrapping_add(usize::try_from(offset).ok()?);
         let fits = end <= region.size && base.addr().is_multiple_of(8);
         let len = usize::try_from(len).ok()?;
-        fits.then_some(View { _region: region, base, len, size, packed })
+        fits.then_some(View { region, base, len, size, packed })
+    }
+
+    /// Whether its file was cut short, see [`Region::is_lost`].
+    pub(super) fn is_lost(&self) -> bool {
+        self.region.is_lost()
     }
 
     /// Entries of its ring.
@@ -147,7 +152,7 @@ pub(super) use store;
 
 /// Keeps one queue's part while the queue runs.
 pub struct Tracker {
-    view: View,
+    pub(super) view: View,
     /// Of the next head taken.
     counter: u64,
     last_batch_head: u16,

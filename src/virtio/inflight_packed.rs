@@ -63,7 +63,7 @@ struct Again {
 
 /// Keeps one packed queue's part while the queue runs. What it wrote it never reads back.
 pub(super) struct Tracker {
-    view: View,
+    pub(super) view: View,
     /// Of the next chain taken.
     counter: u64,
     /// The first free entry.

@@ -174,6 +174,11 @@ impl Packed {
         self.log = log;
     }
 
+    /// Where it logs.
+    pub fn log(&self) -> Option<&RingLog> {
+        self.log.as_ref()
+    }
+
     /// The device has written `iov`, memory of a chain that is about to be given back; when that is early enough
     /// [`Ring::log_written`](super::ring::Ring::log_written) says.
     #[inline]

@@ -106,6 +106,11 @@ impl Virtqueue {
         either!(self, ring => ring.set_log(log));
     }
 
+    /// Whether the log that is in force was cut short, see [`crate::mem::Region::is_lost`].
+    pub fn log_is_lost(&self) -> bool {
+        either!(self, ring => ring.log()).is_some_and(|log| log.log.region().is_lost())
+    }
+
     /// The device has written `iov`, memory of a chain that is about to be given back.
     #[inline]
     pub fn log_written(&self, iov: &[IoVec]) {

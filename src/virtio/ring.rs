@@ -103,6 +103,11 @@ impl Ring {
         self.log = log;
     }
 
+    /// Where it logs.
+    pub fn log(&self) -> Option<&RingLog> {
+        self.log.as_ref()
+    }
+
     /// The device has written `iov`, memory of a chain that is about to be given back.
     ///
     /// The kernel may have written parts of it long before. That is early enough: a front end that has taken their bits

@@ -53,6 +53,14 @@ impl Tracking {
         }
     }
 
+    /// Whether the region was cut short, see [`crate::mem::Region::is_lost`].
+    pub fn is_lost(&self) -> bool {
+        match &self.0 {
+            Kind::Split(tracker) => tracker.view.is_lost(),
+            Kind::Packed(tracker) => tracker.view.is_lost(),
+        }
+    }
+
     /// How many chains must be resubmitted before new ones are taken.
     #[inline]
     pub fn waiting(&self) -> u16 {

@@ -1,10 +1,13 @@
 //! Memory that is taken away while requests write into it, and memory in as many pieces as there may be.
 
+use std::fs::File;
 use std::ops::Range;
 
 use serde_json::json;
 use vub_client::blk::Request;
-use vub_client::{MemStyle, Options, Status};
+use vub_client::mem::GuestMem;
+use vub_client::proto::pf;
+use vub_client::{Base, MemStyle, Options, Status};
 
 use crate::common::{Disk, ENGINES, FileDisk, MIB, Random, config, eventually, small};
 use crate::drivers::not_tested;
@@ -147,4 +150,39 @@ fn as_many_regions_as_there_may_be() {
         client.unplug_memory(region).unwrap();
     }
     check(&mut client);
+}
+
+/// A front end cuts the file of its dirty log, or of its in-flight region, short: the ring is broken, and the front end is told,
+/// for nobody would ever hear of what goes there now. A new connection, and other disks, know nothing of it.
+#[test]
+fn a_log_or_region_that_is_cut_short_breaks_the_ring() {
+    let reopened =
+        |fd| File::options().read(true).write(true).open(format!("/proc/self/fd/{fd}")).unwrap();
+    let other = FileDisk::new(MIB, ENGINES[0], config());
+    let mut other = other.disk.connect(small());
+    for (packed, log_is_cut) in [(false, false), (false, true), (true, false), (true, true)] {
+        let disk = FileDisk::new(MIB, ENGINES[0], config());
+        let plain = small();
+        let want_protocol = plain.want_protocol | 1 << pf::LOG_SHMFD;
+        let options = Options { packed, inflight: true, want_protocol, ..plain };
+        let mut client = disk.disk.connect(options.clone());
+        // A region of the front end's own: ours cannot be cut.
+        let (desc, _) = client.inflight.take().unwrap();
+        let region = GuestMem::new(1, usize::try_from(desc.mmap_size).unwrap()).unwrap();
+        let region = reopened(region.regions()[0].1);
+        client.inflight = Some((desc, region.try_clone().unwrap().into()));
+        let start = Base::At(if packed { 0x8000_8000 } else { 0 });
+        client.reconnect(disk.disk.path(), start).unwrap();
+        let log = client.log_dirty().unwrap();
+        let q = client.queue(0);
+        q.write(0, &[1; 512]).unwrap();
+        let cut = if log_is_cut { reopened(log.regions()[0].1) } else { region };
+        cut.set_len(0).unwrap();
+        let request = q.write_request(0, &[2; 512]).unwrap();
+        q.submit(request).unwrap();
+        q.wait_err().unwrap_or_else(|e| panic!("packed {packed}, log {log_is_cut}: {e}"));
+        other.queue(0).write(0, &[1; 512]).unwrap();
+        drop(client);
+        disk.disk.connect(options).queue(0).write(0, &[1; 512]).unwrap();
+    }
 }

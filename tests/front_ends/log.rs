@@ -84,14 +84,20 @@ fn q9_a_log_that_cannot_be_had_is_no_log() {
     ];
     for (payload, fds) in bad {
         assert!(give(&client, &payload, &fds).is_empty());
-        // The last good one is not written any more: the front end has given it up.
-        f.device.expect(&["log 0 off"]);
+        // The last good one is not written any more, for the front end has given it up: the ring must rest.
+        f.device.expect(&["stop 0"]);
         assert!(!client.ask(SET_FEATURES, &u64_bytes(features), &[]), "LOG_ALL without a log");
+        assert!(f.device.rest().is_empty());
+        assert_eq!(give(&client, &place(4096, 0), &[file()]), place(4096, 0));
+        f.device.expect(&["start 0 base=0 size=128 kick call log"]);
     }
     assert!(give(&client, &[0; 15], &[file()]).is_empty(), "a payload cut short");
-    assert_eq!(give(&client, &place(4096, 0), &[file()]), place(4096, 0));
-    f.device.expect(&["log 0 data=true used=none"]);
     assert!(client.ask(SET_FEATURES, &u64_bytes(features), &[]));
+    assert!(f.device.rest().is_empty());
+    // Nor does it have to rest when there is nothing to be logged any more.
+    assert!(give(&client, &place(0, 0), &[file()]).is_empty());
+    assert!(client.ask(SET_FEATURES, &u64_bytes(features & !LOG_ALL), &[]));
+    f.device.expect(&["stop 0", "start 0 base=0 size=128 kick call"]);
     client.sync();
 }
 
