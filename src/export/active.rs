@@ -72,14 +72,15 @@ impl Export {
         lock(&self.state).user.is_some()
     }
 
-    /// The root for a queue that is to run: with `activate=auto`, it is opened for that.
+    /// The root for a queue that is to run: with `activate=auto`, it is opened for that. The caller has the `turn` until the queue
+    /// runs: nobody closes the root in between.
     pub(super) fn root_to_run(&self) -> std::result::Result<Arc<Node>, Errno> {
         if lock(&self.state).closed {
             return Err(Errno::EIO);
         }
         self.activation.tried.store(false, Ordering::Relaxed);
         if self.activation.auto
-            && let Err(e) = self.activate()
+            && let Err(e) = self.open_root()
         {
             let hint = e.hint().map(|hint| format!(" ({hint})")).unwrap_or_default();
             log::error!("export '{}': cannot be activated: {e}{hint}", self.id());
@@ -97,6 +98,11 @@ impl Export {
     /// In QEMU's words. It stays inactive.
     pub fn activate(&self) -> Result<()> {
         let _turn = lock(&self.activation.turn);
+        self.open_root()
+    }
+
+    /// [`Export::activate`], for who has the `turn`.
+    fn open_root(&self) -> Result<()> {
         if self.is_active() {
             return Ok(());
         }

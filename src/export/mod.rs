@@ -485,6 +485,7 @@ impl Device for Export {
                 self.id()
             );
         }
+        let turn = lock(&self.activation.turn);
         let disk = (Arc::clone(&self.shared), self.root_to_run()?);
         let queue = Box::new(Queue::new(index, disk, ring, tracker, fds, write_through));
         let inbox = self.worker(index, true)?.ok_or(Errno::EIO)?;
@@ -493,6 +494,7 @@ impl Device for Export {
         state.running[usize::from(index)] = true;
         state.unflushed = true;
         drop(state);
+        drop(turn);
         self.watch_size();
         Ok(())
     }
