@@ -75,6 +75,7 @@ pub fn all() -> Vec<Case> {
         case("null-d1-event", Null, Rw::RandRead, 1, Mode::Event),
         case("null-d1-poll", Null, Rw::RandRead, 1, Mode::Poll),
         Case { queues: 4, ..case("null-4q", Null, Rw::RandRead, 32, Mode::Poll) },
+        case("page-d1-poll", Page, Rw::RandRead, 1, Mode::Poll),
         case("page-d32-randread", Page, Rw::RandRead, 32, Mode::Poll),
         case("page-d32-randwrite", Page, Rw::RandWrite, 32, Mode::Poll),
         seq("page-seq128k-read", Rw::Read),
