@@ -82,6 +82,7 @@ pub fn all() -> Vec<Case> {
         seq("page-seq128k-write", Rw::Write),
         case("tmpfs-native-d32", Tmpfs, Rw::RandRead, 32, Mode::Poll),
         case("disk-d1", Disk, Rw::RandRead, 1, Mode::Event),
+        case("disk-d1-poll", Disk, Rw::RandRead, 1, Mode::Poll),
         case("disk-d32", Disk, Rw::RandRead, 32, Mode::Poll),
     ];
     cases.extend(qcow2_cases());
