@@ -64,6 +64,8 @@ struct Worker {
     grace: Participant,
     queues: Vec<Queue>,
     policy: Policy,
+    /// When the last idle gap ended.
+    busy_since: Instant,
     /// Of the machine.
     processors: usize,
     events: Vec<Event>,
@@ -102,6 +104,7 @@ pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<
         grace: Participant::new(grace),
         queues: Vec::new(),
         policy: Policy::new(poll_max_ns),
+        busy_since: Instant::now(),
         processors: crate::sys::processors(),
         events: Vec::with_capacity(1024),
         done: Rc::default(),
@@ -362,12 +365,12 @@ impl Worker {
         let in_flight = self.rt.reactor.borrow().in_flight();
         let budget = Duration::from_nanos(self.policy.budget_ns(in_flight));
         let start = Instant::now();
+        let busy = nanos(start - self.busy_since);
         let mut elapsed = Duration::ZERO;
         while elapsed < budget {
             for _ in 0..8 {
                 if self.has_input() {
-                    self.policy.observe(nanos(start.elapsed()), in_flight, false);
-                    return;
+                    return self.observe(busy, start, in_flight, false);
                 }
                 std::hint::spin_loop();
             }
@@ -387,7 +390,13 @@ impl Worker {
             AWAKE.fetch_add(1, Ordering::Relaxed);
         }
         self.queues.iter_mut().for_each(|q| q.disarm());
-        self.policy.observe(nanos(start.elapsed()), in_flight, true);
+        self.observe(busy, start, in_flight, true);
+    }
+
+    /// Tells the policy of an idle gap that began at `start`.
+    fn observe(&mut self, busy_ns: u64, start: Instant, in_flight: usize, slept: bool) {
+        self.busy_since = Instant::now();
+        self.policy.observe(busy_ns, nanos(self.busy_since - start), in_flight, slept);
     }
 
     #[inline]

@@ -92,6 +92,16 @@ impl File {
             && self.inline.allowed()
     }
 
+    /// Whether a transfer that is alone should ask the page cache, here and now.
+    #[inline]
+    fn tries_cache(&self, rw: &Rw) -> bool {
+        !rw.write
+            && rw.len <= inline::LEN_MAX
+            && self.request_align == 1
+            && self.engine == Engine::IoUring
+            && self.inline.tries_read()
+    }
+
     /// The descriptor.
     pub fn fd(&self) -> RawFd {
         self.fd.as_raw_fd()

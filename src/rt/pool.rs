@@ -133,7 +133,15 @@ impl Job {
 impl Rw {
     /// Does the transfer with a system call that may block. Bytes, or a negative error number.
     pub fn call(&self) -> i32 {
-        let flags = if self.dsync { libc::RWF_DSYNC } else { 0 };
+        self.call_with(if self.dsync { libc::RWF_DSYNC } else { 0 })
+    }
+
+    /// Reads what is in the page cache: fewer bytes or EAGAIN if that is not all; EOPNOTSUPP where it cannot be asked.
+    pub fn call_cached(&self) -> i32 {
+        self.call_with(libc::RWF_NOWAIT)
+    }
+
+    fn call_with(&self, flags: i32) -> i32 {
         let Ok(offset) = libc::off_t::try_from(self.offset) else { return -libc::EINVAL };
         let (iov, count) = (self.iov.cast::<libc::iovec>(), self.count.cast_signed());
         loop {
@@ -143,7 +151,7 @@ impl Rw {
                 if self.write {
                     libc::pwritev2(self.fd, iov, count, offset, flags)
                 } else {
-                    libc::preadv2(self.fd, iov, count, offset, 0)
+                    libc::preadv2(self.fd, iov, count, offset, flags)
                 }
             };
             match i32::try_from(n) {

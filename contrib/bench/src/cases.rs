@@ -75,12 +75,14 @@ pub fn all() -> Vec<Case> {
         case("null-d1-event", Null, Rw::RandRead, 1, Mode::Event),
         case("null-d1-poll", Null, Rw::RandRead, 1, Mode::Poll),
         Case { queues: 4, ..case("null-4q", Null, Rw::RandRead, 32, Mode::Poll) },
+        case("page-d1-poll", Page, Rw::RandRead, 1, Mode::Poll),
         case("page-d32-randread", Page, Rw::RandRead, 32, Mode::Poll),
         case("page-d32-randwrite", Page, Rw::RandWrite, 32, Mode::Poll),
         seq("page-seq128k-read", Rw::Read),
         seq("page-seq128k-write", Rw::Write),
         case("tmpfs-native-d32", Tmpfs, Rw::RandRead, 32, Mode::Poll),
         case("disk-d1", Disk, Rw::RandRead, 1, Mode::Event),
+        case("disk-d1-poll", Disk, Rw::RandRead, 1, Mode::Poll),
         case("disk-d32", Disk, Rw::RandRead, 32, Mode::Poll),
     ];
     cases.extend(qcow2_cases());

@@ -44,6 +44,8 @@ impl Bed {
 
     fn try_open(&self, more: &Value, state: bool) -> Result<Process> {
         let graph = Graph::new();
+        // Another test's child may hold our descriptors, and so our locks, until it executes its program.
+        graph.set_lock_patience(Duration::from_secs(3));
         if state {
             graph.set_state_dir(self.0.path().join("state"));
         }
