@@ -30,6 +30,32 @@ pub(super) struct Desc {
 
 pub(super) const DESC_SIZE: u64 = size_of::<Desc>() as u64;
 
+/// A descriptor where it lies: two little-endian words, so that one volatile read is two loads and not sixteen. It may be
+/// unaligned, in an indirect table.
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+pub(super) struct Words {
+    addr: u64,
+    rest: u64,
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "parts of a word")]
+impl Words {
+    /// As a split ring has it.
+    #[inline]
+    pub fn split(self) -> Desc {
+        let [addr, rest] = [self.addr, self.rest].map(u64::from_le);
+        Desc { addr, len: rest as u32, flags: (rest >> 32) as u16, link: (rest >> 48) as u16 }
+    }
+
+    /// As a packed ring has it.
+    #[inline]
+    pub fn packed(self) -> Desc {
+        let desc = self.split();
+        Desc { flags: desc.link, link: desc.flags, ..desc }
+    }
+}
+
 impl Desc {
     fn has(&self, bit: u32) -> bool {
         u32::from(self.flags) & bit != 0
@@ -47,7 +73,7 @@ impl Desc {
     ///
     /// # Errors
     /// [`Broken`] if it is no table.
-    pub fn table(&self, map: &GuestMap) -> Result<(*const [u8; 16], usize), Broken> {
+    pub fn table(&self, map: &GuestMap) -> Result<(*const Words, usize), Broken> {
         let len = u64::from(self.len);
         if len == 0 || !len.is_multiple_of(DESC_SIZE) {
             return Err(Broken("an indirect table of a bad length"));
