@@ -186,7 +186,20 @@ impl Slot {
         Some(status)
     }
 
+    #[inline]
     fn cut_header(&mut self) -> Option<Header> {
+        let readable = &self.chain.iov[..self.chain.readable];
+        // As all drivers have it: a descriptor of its own.
+        if let Some(v) = readable.first().filter(|v| v.len() == HEADER_LEN) {
+            self.first = 1;
+            return v.first().map(|bytes| Header::parse(&bytes));
+        }
+        self.gather_header()
+    }
+
+    /// The header, in pieces or with data behind it.
+    #[cold]
+    fn gather_header(&mut self) -> Option<Header> {
         let mut bytes = [0; HEADER_LEN];
         let mut have = 0;
         while have < HEADER_LEN {
@@ -279,7 +292,7 @@ impl Slot {
     /// Writes the status byte.
     pub fn answer(&self, status: Status) {
         if let Some(at) = self.status {
-            Sg::new(&[at]).copy_from(&[status.byte()]);
+            at.set_first(status.byte());
         }
     }
 }
