@@ -145,6 +145,11 @@ impl Slot {
         }
     }
 
+    /// Their length together, in bytes.
+    pub fn data_len(&self, write: bool) -> u64 {
+        if write { self.chain.readable_len } else { self.chain.writable_len }
+    }
+
     /// Splits the chain into header, data and status, reads the header and checks the request. One that cannot be served
     /// for its shape is finished, and `chain.bad` says why.
     ///
@@ -152,8 +157,8 @@ impl Slot {
     /// A reason, if there is no status byte to answer with.
     pub fn parse(&mut self, disk: &Disk<'_>) -> Result<Action, &'static str> {
         self.first = 0;
-        let total = bytes(&self.chain.iov);
-        self.used_len = u32::try_from(self.chain.writable_len()).unwrap_or(u32::MAX);
+        let total = self.chain.readable_len + self.chain.writable_len;
+        self.used_len = u32::try_from(self.chain.writable_len).unwrap_or(u32::MAX);
         self.status = self.cut_status();
         if self.status.is_none() {
             return Err(self.chain.bad.unwrap_or("a chain without a status byte"));
@@ -183,6 +188,7 @@ impl Slot {
         } else {
             self.chain.iov[n - 1] = data;
         }
+        self.chain.writable_len -= 1;
         Some(status)
     }
 
@@ -192,6 +198,7 @@ impl Slot {
         // As all drivers have it: a descriptor of its own.
         if let Some(v) = readable.first().filter(|v| v.len() == HEADER_LEN) {
             self.first = 1;
+            self.chain.readable_len -= HEADER_LEN as u64;
             return v.first().map(|bytes| Header::parse(&bytes));
         }
         self.gather_header()
@@ -207,6 +214,7 @@ impl Slot {
             let n = v.len().min(HEADER_LEN - have);
             Sg::new(&[v.part(0, n)]).copy_to(&mut bytes[have..have + n]);
             have += n;
+            self.chain.readable_len -= n as u64;
             if n == v.len() {
                 self.first += 1;
             } else {
@@ -233,7 +241,7 @@ impl Slot {
     }
 
     fn check_transfer(&self, header: Header, disk: &Disk<'_>, write: bool) -> Action {
-        let len = bytes(self.data(write));
+        let len = self.data_len(write);
         match blk::byte_range(header.sector, len, disk.capacity, disk.block) {
             Some(_) if len == 0 => Action::Finished(Status::Ok),
             Some(offset) => Action::Transfer { write, offset },

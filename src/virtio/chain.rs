@@ -94,6 +94,10 @@ pub struct Chain {
     pub iov: Vec<IoVec>,
     /// How many of them are for reading.
     pub readable: usize,
+    /// Bytes for reading.
+    pub readable_len: u64,
+    /// Bytes for writing.
+    pub writable_len: u64,
     /// Why the chain cannot be served as a request, if so.
     pub bad: Option<&'static str>,
     /// The last descriptor that is not empty reaches out of guest memory, or was one too many: the chain's last byte is not
@@ -106,12 +110,13 @@ impl Chain {
         self.iov.clear();
         self.iov.shrink_to(RANGES_KEPT);
         self.readable = 0;
+        (self.readable_len, self.writable_len) = (0, 0);
         self.bad = None;
         self.cut = false;
     }
 
     /// Adds one descriptor's memory; a range over several regions becomes several.
-    #[inline]
+    #[inline(always)]
     pub(super) fn add(&mut self, map: &GuestMap, desc: &Desc) {
         let writable = desc.has(VRING_DESC_F_WRITE);
         if !writable && self.iov.len() != self.readable {
@@ -122,29 +127,27 @@ impl Chain {
         self.cut &= left == 0;
         while left > 0 {
             let Some(v) = map.translate(addr, left) else {
-                self.bad = Some("a descriptor outside of guest memory");
-                self.cut = true;
-                return;
+                return self.spoil("a descriptor outside of guest memory");
             };
             if self.iov.len() == RANGES_MAX {
-                self.bad = Some("a chain of too many ranges of memory");
-                self.cut = true;
-                return;
+                return self.spoil("a chain of too many ranges of memory");
+            }
+            let n = v.len() as u64;
+            if writable {
+                self.writable_len += n;
+            } else {
+                self.readable += 1;
+                self.readable_len += n;
             }
             self.iov.push(v);
-            self.readable += usize::from(!writable);
-            left -= v.len() as u64;
-            addr = addr.wrapping_add(v.len() as u64);
+            left -= n;
+            addr = addr.wrapping_add(n);
         }
     }
 
-    /// Bytes for reading.
-    pub fn readable_len(&self) -> usize {
-        self.iov[..self.readable].iter().map(IoVec::len).sum()
-    }
-
-    /// Bytes for writing.
-    pub fn writable_len(&self) -> usize {
-        self.iov[self.readable..].iter().map(IoVec::len).sum()
+    /// Its last byte is not there.
+    #[cold]
+    fn spoil(&mut self, why: &'static str) {
+        (self.bad, self.cut) = (Some(why), true);
     }
 }
