@@ -11,6 +11,8 @@ mod ring;
 mod text;
 mod turn;
 
+use guest::Kind;
+
 /// One thing to measure.
 pub trait Case {
     /// Operations in a run.
@@ -31,11 +33,13 @@ type Make = fn(&Path) -> Box<dyn Case>;
 
 /// All cases, by name.
 pub const CASES: &[(&str, Make)] = &[
-    ("null-32", |_| Box::new(turn::Turn::new(false, 32))),
-    ("null-1", |_| Box::new(turn::Turn::new(false, 1))),
-    ("null-packed-32", |_| Box::new(turn::Turn::new(true, 32))),
-    ("ring-split", |_| Box::new(ring::Rounds::new(false))),
-    ("ring-packed", |_| Box::new(ring::Rounds::new(true))),
+    ("null-32", |_| Box::new(turn::Turn::new(Kind::Split, 32))),
+    ("null-1", |_| Box::new(turn::Turn::new(Kind::Split, 1))),
+    ("null-indirect-32", |_| Box::new(turn::Turn::new(Kind::Indirect, 32))),
+    ("null-packed-32", |_| Box::new(turn::Turn::new(Kind::Packed, 32))),
+    ("ring-split", |_| Box::new(ring::Rounds::new(Kind::Split))),
+    ("ring-indirect", |_| Box::new(ring::Rounds::new(Kind::Indirect))),
+    ("ring-packed", |_| Box::new(ring::Rounds::new(Kind::Packed))),
     ("request", |_| Box::new(request::Requests::new())),
     ("translate", |_| Box::new(request::Addresses::new())),
     ("qcow2-map", |dir| Box::new(disk::Lookups::new(dir))),

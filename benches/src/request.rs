@@ -9,7 +9,7 @@ use vhost_user_blk::mem::{GuestMap, Region};
 use vhost_user_blk::virtio::queue::Virtqueue;
 
 use crate::Case;
-use crate::guest::Guest;
+use crate::guest::{Guest, Kind};
 
 const BATCH: u16 = 32;
 
@@ -23,7 +23,7 @@ pub struct Requests {
 
 impl Requests {
     pub fn new() -> Requests {
-        let guest = Guest::new(false, BATCH);
+        let guest = Guest::new(Kind::Split, BATCH);
         let slots = (0..BATCH).map(|_| Slot::default()).collect();
         Requests { ring: guest.ring(), guest, slots, transfers: BATCH.into() }
     }

@@ -6,7 +6,7 @@ use vhost_user_blk::virtio::queue::Virtqueue;
 use vhost_user_blk::virtio::ring::{Broken, Chain};
 
 use crate::Case;
-use crate::guest::Guest;
+use crate::guest::{Guest, Kind};
 
 const BATCH: u16 = 32;
 
@@ -17,8 +17,8 @@ pub struct Rounds {
 }
 
 impl Rounds {
-    pub fn new(packed: bool) -> Rounds {
-        let guest = Guest::new(packed, BATCH);
+    pub fn new(kind: Kind) -> Rounds {
+        let guest = Guest::new(kind, BATCH);
         Rounds { ring: guest.ring(), guest, chain: Chain::default() }
     }
 

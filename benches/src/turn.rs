@@ -10,10 +10,9 @@ use vhost_user_blk::block::Graph;
 use vhost_user_blk::export::{Export, ExportConfig, HandTurned};
 use vhost_user_blk::rt::WaitKind;
 use vhost_user_blk::vhost_user::{Device, QueueSetup};
-use vhost_user_blk::virtio::queue::first_base;
 
 use crate::Case;
-use crate::guest::Guest;
+use crate::guest::{Guest, Kind};
 
 pub struct Turn {
     guest: Guest,
@@ -36,7 +35,7 @@ fn way() -> (UnixDatagram, Option<OwnedFd>) {
 }
 
 impl Turn {
-    pub fn new(packed: bool, batch: u16) -> Turn {
+    pub fn new(kind: Kind, batch: u16) -> Turn {
         let node = json!({ "driver": "null-co", "node-name": "n", "size": 1 << 30 });
         let Value::Object(options) = node else { unreachable!("an object") };
         let graph = Graph::new();
@@ -54,7 +53,7 @@ impl Turn {
             on_error: Default::default(),
         };
         let export = Export::new(&graph, &node, config).expect("an export");
-        let guest = Guest::new(packed, batch);
+        let guest = Guest::new(kind, batch);
         let ((kick, kicked), (call, caller)) = (way(), way());
         let addrs = guest.addrs();
         export.set_features(guest.features());
@@ -64,7 +63,7 @@ impl Turn {
             desc: addrs.desc,
             avail: addrs.avail,
             used: addrs.used,
-            base: first_base(packed),
+            base: guest.base(),
             inflight: None,
             log: None,
             features: guest.features(),
