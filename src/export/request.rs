@@ -155,6 +155,7 @@ impl Slot {
     ///
     /// # Errors
     /// A reason, if there is no status byte to answer with.
+    #[inline]
     pub fn parse(&mut self, disk: &Disk<'_>) -> Result<Action, &'static str> {
         self.first = 0;
         let total = self.chain.readable_len + self.chain.writable_len;
@@ -224,6 +225,7 @@ impl Slot {
         Some(Header::parse(&bytes))
     }
 
+    #[inline]
     fn check(&self, header: Header, disk: &Disk<'_>) -> Action {
         match header.kind {
             VIRTIO_BLK_T_IN => self.check_transfer(header, disk, false),
@@ -249,6 +251,7 @@ impl Slot {
         }
     }
 
+    #[cold]
     fn get_id(&self, disk: &Disk<'_>) -> Action {
         let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
         let n = disk.serial.len().min(id.len());
@@ -259,6 +262,7 @@ impl Slot {
         Action::Finished(Status::Ok)
     }
 
+    #[cold]
     fn check_ranges(&self, disk: &Disk<'_>, zero: bool) -> Action {
         let data = Sg::new(self.data(true));
         let count = data.len() / SEGMENT_LEN;
