@@ -124,7 +124,10 @@ impl Chain {
             return;
         }
         let (mut addr, mut left) = (desc.addr, u64::from(desc.len));
-        self.cut &= left == 0;
+        if left == 0 {
+            return;
+        }
+        self.cut = false;
         while left > 0 {
             let Some(v) = map.translate(addr, left) else {
                 return self.spoil("a descriptor outside of guest memory");
