@@ -41,6 +41,9 @@ pub use policy::{OnError, OnErrors};
 use queue::{Queue, Stop};
 use request::Doing;
 use worker::Command;
+#[cfg(feature = "bench")]
+#[doc(hidden)]
+pub use worker::hand_turned::HandTurned;
 
 /// How often a drain that takes long is reported.
 const DRAIN_REPORT: Duration = Duration::from_secs(5);
@@ -412,6 +415,36 @@ impl Export {
         }
         Ok(tracking)
     }
+
+    /// The queue that `setup` describes, for a worker.
+    fn make_queue(&self, index: u16, setup: QueueSetup) -> std::result::Result<Box<Queue>, Errno> {
+        let addrs = RingAddrs { desc: setup.desc, avail: setup.avail, used: setup.used };
+        let mut resumed = setup.base != cache::beginning(setup.features);
+        let base = track::base(setup.inflight.as_ref(), setup.base);
+        let mut ring = Virtqueue::new(setup.map, addrs, setup.size, base, setup.features)?;
+        ring.set_log(setup.log);
+        let tracker = setup.inflight.map(|view| self.track(index, view, &mut ring)).transpose()?;
+        resumed |= tracker.as_ref().is_some_and(Tracking::recovered);
+        let write_through = setup.features & feature(VIRTIO_BLK_F_FLUSH) == 0;
+        if write_through && index == 0 && !self.shared.geometry.read_only {
+            log::info!(
+                "export '{}': the driver cannot flush: every write is made stable",
+                self.id()
+            );
+        }
+        let fds = [setup.kick, setup.call, setup.err];
+        if setup.features & feature(VIRTIO_BLK_F_CONFIG_WCE) != 0
+            && self.shared.cache.start(index, resumed)
+        {
+            log::info!(
+                "export '{}': the guest may think that the cache is write-through: writes are made stable until it \
+                 flushes",
+                self.id()
+            );
+        }
+        let disk = (Arc::clone(&self.shared), self.root_to_run()?);
+        Ok(Box::new(Queue::new(index, disk, ring, tracker, fds, write_through)))
+    }
 }
 
 impl Device for Export {
@@ -461,33 +494,8 @@ impl Device for Export {
         if running != Some(false) || setup.size > self.max_queue_size() {
             return Err(Errno::EINVAL);
         }
-        let addrs = RingAddrs { desc: setup.desc, avail: setup.avail, used: setup.used };
-        let mut resumed = setup.base != cache::beginning(setup.features);
-        let base = track::base(setup.inflight.as_ref(), setup.base);
-        let mut ring = Virtqueue::new(setup.map, addrs, setup.size, base, setup.features)?;
-        ring.set_log(setup.log);
-        let tracker = setup.inflight.map(|view| self.track(index, view, &mut ring)).transpose()?;
-        resumed |= tracker.as_ref().is_some_and(Tracking::recovered);
-        let write_through = setup.features & feature(VIRTIO_BLK_F_FLUSH) == 0;
-        if write_through && index == 0 && !self.shared.geometry.read_only {
-            log::info!(
-                "export '{}': the driver cannot flush: every write is made stable",
-                self.id()
-            );
-        }
-        let fds = [setup.kick, setup.call, setup.err];
-        if setup.features & feature(VIRTIO_BLK_F_CONFIG_WCE) != 0
-            && self.shared.cache.start(index, resumed)
-        {
-            log::info!(
-                "export '{}': the guest may think that the cache is write-through: writes are made stable until it \
-                 flushes",
-                self.id()
-            );
-        }
         let turn = lock(&self.activation.turn);
-        let disk = (Arc::clone(&self.shared), self.root_to_run()?);
-        let queue = Box::new(Queue::new(index, disk, ring, tracker, fds, write_through));
+        let queue = self.make_queue(index, setup)?;
         let inbox = self.worker(index, true)?.ok_or(Errno::EIO)?;
         self.send(&inbox, |done| Command::Start(queue, done), "start");
         let mut state = lock(&self.state);

@@ -253,8 +253,7 @@ impl Queue {
     ) -> bool {
         let through = self.is_write_through();
         let slot = &mut self.slots[usize::from(head)];
-        let data = slot.data(write);
-        let len = bytes(data);
+        let (data, len) = (slot.data(write), slot.data_len(write));
         // The kernel answers with 31 bits; what is longer is split in the slow lane.
         let Ok(expected) = i32::try_from(len) else { return false };
         let dir = if write { Dir::Write } else { Dir::Read };

@@ -145,15 +145,21 @@ impl Slot {
         }
     }
 
+    /// Their length together, in bytes.
+    pub fn data_len(&self, write: bool) -> u64 {
+        if write { self.chain.readable_len } else { self.chain.writable_len }
+    }
+
     /// Splits the chain into header, data and status, reads the header and checks the request. One that cannot be served
     /// for its shape is finished, and `chain.bad` says why.
     ///
     /// # Errors
     /// A reason, if there is no status byte to answer with.
+    #[inline]
     pub fn parse(&mut self, disk: &Disk<'_>) -> Result<Action, &'static str> {
         self.first = 0;
-        let total = bytes(&self.chain.iov);
-        self.used_len = u32::try_from(self.chain.writable_len()).unwrap_or(u32::MAX);
+        let total = self.chain.readable_len + self.chain.writable_len;
+        self.used_len = u32::try_from(self.chain.writable_len).unwrap_or(u32::MAX);
         self.status = self.cut_status();
         if self.status.is_none() {
             return Err(self.chain.bad.unwrap_or("a chain without a status byte"));
@@ -183,10 +189,25 @@ impl Slot {
         } else {
             self.chain.iov[n - 1] = data;
         }
+        self.chain.writable_len -= 1;
         Some(status)
     }
 
+    #[inline]
     fn cut_header(&mut self) -> Option<Header> {
+        let readable = &self.chain.iov[..self.chain.readable];
+        // As all drivers have it: a descriptor of its own.
+        if let Some(v) = readable.first().filter(|v| v.len() == HEADER_LEN) {
+            self.first = 1;
+            self.chain.readable_len -= HEADER_LEN as u64;
+            return v.first().map(|bytes| Header::parse(&bytes));
+        }
+        self.gather_header()
+    }
+
+    /// The header, in pieces or with data behind it.
+    #[cold]
+    fn gather_header(&mut self) -> Option<Header> {
         let mut bytes = [0; HEADER_LEN];
         let mut have = 0;
         while have < HEADER_LEN {
@@ -194,6 +215,7 @@ impl Slot {
             let n = v.len().min(HEADER_LEN - have);
             Sg::new(&[v.part(0, n)]).copy_to(&mut bytes[have..have + n]);
             have += n;
+            self.chain.readable_len -= n as u64;
             if n == v.len() {
                 self.first += 1;
             } else {
@@ -203,6 +225,7 @@ impl Slot {
         Some(Header::parse(&bytes))
     }
 
+    #[inline]
     fn check(&self, header: Header, disk: &Disk<'_>) -> Action {
         match header.kind {
             VIRTIO_BLK_T_IN => self.check_transfer(header, disk, false),
@@ -220,7 +243,7 @@ impl Slot {
     }
 
     fn check_transfer(&self, header: Header, disk: &Disk<'_>, write: bool) -> Action {
-        let len = bytes(self.data(write));
+        let len = self.data_len(write);
         match blk::byte_range(header.sector, len, disk.capacity, disk.block) {
             Some(_) if len == 0 => Action::Finished(Status::Ok),
             Some(offset) => Action::Transfer { write, offset },
@@ -228,6 +251,7 @@ impl Slot {
         }
     }
 
+    #[cold]
     fn get_id(&self, disk: &Disk<'_>) -> Action {
         let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
         let n = disk.serial.len().min(id.len());
@@ -238,6 +262,7 @@ impl Slot {
         Action::Finished(Status::Ok)
     }
 
+    #[cold]
     fn check_ranges(&self, disk: &Disk<'_>, zero: bool) -> Action {
         let data = Sg::new(self.data(true));
         let count = data.len() / SEGMENT_LEN;
@@ -279,7 +304,7 @@ impl Slot {
     /// Writes the status byte.
     pub fn answer(&self, status: Status) {
         if let Some(at) = self.status {
-            Sg::new(&[at]).copy_from(&[status.byte()]);
+            at.set_first(status.byte());
         }
     }
 }

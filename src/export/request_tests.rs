@@ -36,7 +36,8 @@ impl Memory {
 
     /// The chain with descriptors cut where `cuts` say (positions, modulo the length).
     fn chain(&self, cuts: &[usize]) -> Chain {
-        let mut chain = Chain::default();
+        let [readable_len, writable_len] = self.lens.map(|n| n as u64);
+        let mut chain = Chain { readable_len, writable_len, ..Chain::default() };
         for (side, buffer) in [&self.readable, &self.writable].into_iter().enumerate() {
             let len = self.lens[side];
             let mut at: Vec<usize> = cuts.iter().map(|c| c % len.max(1)).chain([0, len]).collect();
@@ -136,6 +137,9 @@ fn check(readable: &[u8], writable: usize, cuts: &[usize], disk: &Disk<'_>) -> T
     if readable.len() >= 16 {
         prop_assert_eq!(addresses(slot.data(true)), &all[16..readable.len()]);
         prop_assert_eq!(addresses(slot.data(false)), &all[readable.len()..all.len() - 1]);
+        for write in [false, true] {
+            prop_assert_eq!(slot.data_len(write), bytes(slot.data(write)));
+        }
     }
     // The serial number where it was asked for, the status in the last byte, nothing anywhere else.
     slot.answer(Status::Unsupp);

@@ -22,6 +22,10 @@ use crate::rt::grace::{Domain, Participant};
 use crate::rt::poll::Policy;
 use crate::rt::{self, Event, Inbox, Installed, Runtime, WaitKind, best_wait_kind};
 
+#[cfg(feature = "bench")]
+#[path = "hand_turned.rs"]
+pub mod hand_turned;
+
 /// Requests of one worker in the kernel at once; more wait in their rings.
 const IN_FLIGHT_MAX: usize = 4096;
 /// Memory that one worker's slow-lane requests may take for bounce buffers, in bytes; more requests wait in their rings.
@@ -99,21 +103,7 @@ pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<
         }
     };
     ready.send(Ok(Arc::clone(rt.inbox()))).unwrap_or_default();
-    let mut worker = Worker {
-        rt,
-        grace: Participant::new(grace),
-        queues: Vec::new(),
-        policy: Policy::new(poll_max_ns),
-        busy_since: Instant::now(),
-        processors: crate::sys::processors(),
-        events: Vec::with_capacity(1024),
-        done: Rc::default(),
-        slow_bytes: 0,
-        new_memory: None,
-        retry_at: None,
-        lost_seen: None,
-        quit: false,
-    };
+    let mut worker = Worker::new(rt, poll_max_ns, grace);
     AWAKE.fetch_add(1, Ordering::Relaxed);
     while !worker.quit {
         if !worker.turn() {
@@ -124,6 +114,25 @@ pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<
 }
 
 impl Worker {
+    /// A worker of the calling thread, without queues.
+    fn new(rt: Installed, poll_max_ns: u64, grace: &Arc<Domain>) -> Worker {
+        Worker {
+            rt,
+            grace: Participant::new(grace),
+            queues: Vec::new(),
+            policy: Policy::new(poll_max_ns),
+            busy_since: Instant::now(),
+            processors: crate::sys::processors(),
+            events: Vec::with_capacity(1024),
+            done: Rc::default(),
+            slow_bytes: 0,
+            new_memory: None,
+            retry_at: None,
+            lost_seen: None,
+            quit: false,
+        }
+    }
+
     /// One turn of the loop. Whether anything happened.
     fn turn(&mut self) -> bool {
         let lost = Some(sigbus::count());

@@ -209,13 +209,12 @@ impl GuestMap {
         self.regions.iter().any(|r| r.is_lost())
     }
 
+    /// The only region that may have `guest_addr`.
+    #[inline]
     fn find(&self, guest_addr: u64) -> Option<&Region> {
-        let i = match self.regions.as_slice() {
-            [] => return None,
-            [_] => 1,
-            many => many.partition_point(|r| r.guest_addr <= guest_addr),
-        };
-        self.regions.get(i.checked_sub(1)?).map(|r| &**r)
+        let (first, rest) = self.regions.split_first()?;
+        let below = rest.partition_point(|r| r.guest_addr <= guest_addr);
+        Some(rest[..below].last().unwrap_or(first))
     }
 
     /// Translates the start of a guest range: the longest contiguous piece of `[guest_addr, guest_addr + len)` at its beginning.
@@ -223,7 +222,11 @@ impl GuestMap {
     #[inline]
     pub fn translate(&self, guest_addr: u64, len: u64) -> Option<IoVec> {
         let r = self.find(guest_addr)?;
-        let skip = guest_addr.checked_sub(r.guest_addr).filter(|s| *s < r.size)?;
+        // An address below the region comes out larger than any size: no region ends beyond 2^64.
+        let skip = guest_addr.wrapping_sub(r.guest_addr);
+        if skip >= r.size {
+            return None;
+        }
         let n = len.min(r.size - skip);
         // Both fit: the region is mapped in one piece of our address space.
         #[expect(
@@ -268,6 +271,29 @@ mod tests {
     use std::os::fd::{FromRawFd, OwnedFd};
 
     use super::*;
+
+    #[test]
+    fn addresses_are_in_one_region_or_none() {
+        const PAGE: u64 = 4096;
+        let places =
+            [(PAGE, PAGE), (4 * PAGE, 2 * PAGE), (6 * PAGE, PAGE), (u64::MAX - PAGE, PAGE)];
+        let regions = places.map(|(at, len)| Arc::new(Region::anonymous(at, at, len)));
+        for known in 0..=places.len() {
+            let map = GuestMap::new(regions[..known].to_vec()).unwrap();
+            let edges = places.iter().flat_map(|(at, len)| [*at, at + len - 1, at + len]);
+            for addr in edges.flat_map(|at| [at - 1, at, at.saturating_add(1)]).chain([0]) {
+                let inside =
+                    |r: &&Arc<Region>| addr >= r.guest_addr && addr - r.guest_addr < r.size;
+                let want = regions[..known].iter().find(inside).map(|r| {
+                    let skip = addr - r.guest_addr;
+                    (r.host.addr() as u64 + skip, (r.size - skip).min(8192))
+                });
+                let got =
+                    map.translate(addr, 8192).map(|v| (v.base().addr() as u64, v.len() as u64));
+                assert_eq!(got, want, "{addr:#x} in {known} regions");
+            }
+        }
+    }
 
     /// Needs no huge page: none is touched. A wrong length would not be unmapped, either.
     #[test]

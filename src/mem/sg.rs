@@ -55,6 +55,31 @@ impl IoVec {
         assert!(skip <= self.len() && len <= self.len() - skip, "part outside of its range");
         IoVec(libc::iovec { iov_base: self.base().wrapping_add(skip).cast(), iov_len: len })
     }
+
+    /// Its first bytes, if it has so many: two volatile loads, wherever they lie.
+    #[inline]
+    pub fn first(&self) -> Option<[u8; 16]> {
+        /// Aligned to nothing.
+        #[repr(C, packed)]
+        struct Words(u64, u64);
+        if self.len() < size_of::<Words>() {
+            return None;
+        }
+        // SAFETY: the maker guarantees the range, which has sixteen bytes.
+        let Words(low, high) = unsafe { self.base().cast::<Words>().read_volatile() };
+        Some((u128::from(low.to_le()) | u128::from(high.to_le()) << 64).to_le_bytes())
+    }
+
+    /// Sets its first byte.
+    ///
+    /// # Panics
+    /// If it has none.
+    #[inline]
+    pub fn set_first(&self, byte: u8) {
+        assert!(!self.is_empty(), "no byte there");
+        // SAFETY: the maker guarantees the range, which has a byte.
+        unsafe { self.base().write_volatile(byte) };
+    }
 }
 
 /// A window of `len` bytes, `skip` bytes into an array of ranges. `Copy`; allocates nothing.
@@ -256,6 +281,17 @@ mod tests {
             drop(iov);
             prop_assert_eq!(parts.concat(), flat);
         }
+    }
+
+    #[test]
+    fn first_bytes_are_there_or_not() {
+        let mut parts = vec![(0..17).collect::<Vec<u8>>()];
+        let whole = list(&mut parts)[0];
+        whole.part(1, 16).set_first(99);
+        let want = [99, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16];
+        assert_eq!(whole.part(1, 16).first(), Some(want), "at an odd address");
+        assert_eq!(whole.part(1, 15).first(), None);
+        assert_eq!(parts[0][0], 0);
     }
 
     #[test]

@@ -164,12 +164,12 @@ impl Segment {
     }
 }
 
-/// The bytes of `len` at `sector` on a disk of `capacity` sectors with logical blocks of `block` bytes, if that is all
-/// inside the disk and on block boundaries.
+/// The bytes of `len` at `sector` on a disk of `capacity` sectors with logical blocks of `block` bytes (a power of two: a
+/// division would be the slowest instruction of a request), if that is all inside the disk and on block boundaries.
 pub fn byte_range(sector: u64, len: u64, capacity: u64, block: u32) -> Option<u64> {
     let offset = sector.checked_mul(SECTOR)?;
     let end = offset.checked_add(len)?;
-    let aligned = (offset | len).is_multiple_of(u64::from(block));
+    let aligned = (offset | len) & (u64::from(block) - 1) == 0;
     (aligned && end <= capacity.checked_mul(SECTOR)?).then_some(offset)
 }
 

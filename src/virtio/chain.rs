@@ -30,6 +30,32 @@ pub(super) struct Desc {
 
 pub(super) const DESC_SIZE: u64 = size_of::<Desc>() as u64;
 
+/// A descriptor where it lies: two little-endian words, so that one volatile read is two loads and not sixteen. It may be
+/// unaligned, in an indirect table.
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+pub(super) struct Words {
+    addr: u64,
+    rest: u64,
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "parts of a word")]
+impl Words {
+    /// As a split ring has it.
+    #[inline]
+    pub fn split(self) -> Desc {
+        let [addr, rest] = [self.addr, self.rest].map(u64::from_le);
+        Desc { addr, len: rest as u32, flags: (rest >> 32) as u16, link: (rest >> 48) as u16 }
+    }
+
+    /// As a packed ring has it.
+    #[inline]
+    pub fn packed(self) -> Desc {
+        let desc = self.split();
+        Desc { flags: desc.link, link: desc.flags, ..desc }
+    }
+}
+
 impl Desc {
     fn has(&self, bit: u32) -> bool {
         u32::from(self.flags) & bit != 0
@@ -47,7 +73,7 @@ impl Desc {
     ///
     /// # Errors
     /// [`Broken`] if it is no table.
-    pub fn table(&self, map: &GuestMap) -> Result<(*const [u8; 16], usize), Broken> {
+    pub fn table(&self, map: &GuestMap) -> Result<(*const Words, usize), Broken> {
         let len = u64::from(self.len);
         if len == 0 || !len.is_multiple_of(DESC_SIZE) {
             return Err(Broken("an indirect table of a bad length"));
@@ -68,6 +94,10 @@ pub struct Chain {
     pub iov: Vec<IoVec>,
     /// How many of them are for reading.
     pub readable: usize,
+    /// Bytes for reading.
+    pub readable_len: u64,
+    /// Bytes for writing.
+    pub writable_len: u64,
     /// Why the chain cannot be served as a request, if so.
     pub bad: Option<&'static str>,
     /// The last descriptor that is not empty reaches out of guest memory, or was one too many: the chain's last byte is not
@@ -80,12 +110,13 @@ impl Chain {
         self.iov.clear();
         self.iov.shrink_to(RANGES_KEPT);
         self.readable = 0;
+        (self.readable_len, self.writable_len) = (0, 0);
         self.bad = None;
         self.cut = false;
     }
 
     /// Adds one descriptor's memory; a range over several regions becomes several.
-    #[inline]
+    #[inline(always)]
     pub(super) fn add(&mut self, map: &GuestMap, desc: &Desc) {
         let writable = desc.has(VRING_DESC_F_WRITE);
         if !writable && self.iov.len() != self.readable {
@@ -93,32 +124,33 @@ impl Chain {
             return;
         }
         let (mut addr, mut left) = (desc.addr, u64::from(desc.len));
-        self.cut &= left == 0;
+        if left == 0 {
+            return;
+        }
+        self.cut = false;
         while left > 0 {
             let Some(v) = map.translate(addr, left) else {
-                self.bad = Some("a descriptor outside of guest memory");
-                self.cut = true;
-                return;
+                return self.spoil("a descriptor outside of guest memory");
             };
             if self.iov.len() == RANGES_MAX {
-                self.bad = Some("a chain of too many ranges of memory");
-                self.cut = true;
-                return;
+                return self.spoil("a chain of too many ranges of memory");
+            }
+            let n = v.len() as u64;
+            if writable {
+                self.writable_len += n;
+            } else {
+                self.readable += 1;
+                self.readable_len += n;
             }
             self.iov.push(v);
-            self.readable += usize::from(!writable);
-            left -= v.len() as u64;
-            addr = addr.wrapping_add(v.len() as u64);
+            left -= n;
+            addr = addr.wrapping_add(n);
         }
     }
 
-    /// Bytes for reading.
-    pub fn readable_len(&self) -> usize {
-        self.iov[..self.readable].iter().map(IoVec::len).sum()
-    }
-
-    /// Bytes for writing.
-    pub fn writable_len(&self) -> usize {
-        self.iov[self.readable..].iter().map(IoVec::len).sum()
+    /// Its last byte is not there.
+    #[cold]
+    fn spoil(&mut self, why: &'static str) {
+        (self.bad, self.cut) = (Some(why), true);
     }
 }

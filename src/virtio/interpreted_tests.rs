@@ -84,7 +84,8 @@ fn run(seed: u64, split: bool) {
         let Ok(Some(head)) = again.map_or_else(|| ring.pop(), |head| Ok(Some(head))) else { break };
         let Ok(()) = ring.read_chain(head, &mut chain) else { break };
         assert!(chain.iov.len() <= RANGES_MAX.min(2 * (CHAIN_MAX + usize::from(SIZE))));
-        Sg::new(&chain.iov[..chain.readable]).copy_to(&mut vec![0; chain.readable_len()]);
+        let len = usize::try_from(chain.readable_len).unwrap();
+        Sg::new(&chain.iov[..chain.readable]).copy_to(&mut vec![0; len]);
         Sg::new(&chain.iov[chain.readable..]).zero();
         if let Some(tracker) = &mut tracker {
             if again.is_none() {

@@ -382,14 +382,7 @@ impl Packed {
         for i in 0..entries {
             // SAFETY: `entries` descriptors from `table` on are in guest memory, maybe unaligned. Volatile, because the guest
             // may write them meanwhile: one copy, checked afterwards.
-            let d = unsafe { table.add(i).read_volatile() };
-            let word = |i: usize| u16::from_le_bytes([d[i], d[i + 1]]);
-            let desc = Desc {
-                addr: u64::from_le_bytes(d[..8].try_into().expect("eight bytes")),
-                len: u32::from_le_bytes(d[8..12].try_into().expect("four bytes")),
-                link: word(12),
-                flags: word(14),
-            };
+            let desc = unsafe { table.add(i).read_volatile() }.packed();
             if desc.is_indirect() {
                 return Err(Broken("an indirect descriptor in an indirect table"));
             }

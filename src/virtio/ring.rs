@@ -17,8 +17,8 @@ use virtio_bindings::virtio_ring::{
     VRING_USED_F_NO_NOTIFY,
 };
 
-use super::chain::Desc;
 pub use super::chain::{Broken, CHAIN_MAX, Chain};
+use super::chain::{Desc, Words};
 use super::feature;
 use super::queue::{RingAddrs, is_size};
 use crate::error::Errno;
@@ -32,7 +32,7 @@ pub struct Ring {
     event_idx: bool,
     indirect: bool,
     notify_on_empty: bool,
-    desc: *const [u8; 16],
+    desc: *const Words,
     avail: *mut u16,
     used: *mut u16,
     /// The next available entry to take.
@@ -312,7 +312,7 @@ impl Ring {
 
 /// One descriptor table being followed; `left` descriptors may still come, else it loops.
 struct Walk {
-    table: *const [u8; 16],
+    table: *const Words,
     size: usize,
     left: usize,
 }
@@ -326,14 +326,8 @@ impl Walk {
         self.left = self.left.checked_sub(1).ok_or(Broken("a chain that is too long or loops"))?;
         // SAFETY: `index < size`, and `size` descriptors from `table` on were checked to be in guest memory. An indirect
         // table may be unaligned. Volatile, because the guest may write it meanwhile: one copy, checked afterwards.
-        let d = unsafe { self.table.add(usize::from(index)).read_volatile() };
-        let word = |i: usize| u16::from_le_bytes([d[i], d[i + 1]]);
-        Ok(Desc {
-            addr: u64::from_le_bytes(d[..8].try_into().expect("eight bytes")),
-            len: u32::from_le_bytes(d[8..12].try_into().expect("four bytes")),
-            flags: word(12),
-            link: word(14),
-        })
+        let words = unsafe { self.table.add(usize::from(index)).read_volatile() };
+        Ok(words.split())
     }
 }
 
