@@ -64,12 +64,14 @@ fn wait_for_daemon(mut reader: PipeReader) -> u8 {
 }
 
 impl Background {
-    /// Leaves the directory and the terminal, and lets the parent go.
+    /// Leaves the terminal, and the directory unless it `stays`, and lets the parent go.
     ///
     /// # Errors
     /// If that fails.
-    pub fn ready(mut self) -> io::Result<()> {
-        std::env::set_current_dir("/")?;
+    pub fn ready(mut self, stays: bool) -> io::Result<()> {
+        if !stays {
+            std::env::set_current_dir("/")?;
+        }
         sys::null_stdio(&self.null)?;
         self.pipe.write_all(&[READY])
     }

@@ -250,7 +250,8 @@ fn serve(
     signals: &Signals,
 ) -> Result<(ExitCode, bool)> {
     if let Some(background) = background {
-        background.ready().map_err(|e| err!("cannot go to the background: {e}"))?;
+        let stays = session.needs_directory(names.control.is_some());
+        background.ready(stays).map_err(|e| err!("cannot go to the background: {e}"))?;
     }
     manager.notify("READY=1");
     let signal = loop {

@@ -6,7 +6,7 @@ use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -199,19 +199,18 @@ fn questions_are_answered() {
     assert!(answer("--blockdev null-co,node-name=n --print-graph=json").contains('\n'));
 }
 
-#[test]
-fn going_to_the_background() {
+/// Starts a daemon in a directory with a disk, and ends it, with nothing left. The directory, and the one that the daemon was in.
+fn background(args: impl Fn(&Path) -> String) -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     File::create(dir.path().join("disk.raw")).unwrap().set_len(1 << 20).unwrap();
-    let args = "--daemonize --pidfile=pid {F} --export \
-                vhost-user-blk,node-name=f,addr.type=unix,addr.path=s";
-    let mut command = ours(dir.path(), args);
-    let output = wait(command.spawn().unwrap());
+    let export = "--export vhost-user-blk,node-name=f,addr.type=unix,addr.path=s";
+    let args = format!("--daemonize --pidfile=pid {} {export}", args(dir.path()));
+    let output = wait(ours(dir.path(), &args).spawn().unwrap());
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     // All is there when the parent has gone.
     UnixStream::connect(dir.path().join("s")).unwrap();
     let pid: i32 = fs::read_to_string(dir.path().join("pid")).unwrap().trim().parse().unwrap();
-    assert_eq!(fs::read_link(format!("/proc/{pid}/cwd")).unwrap(), Path::new("/"));
+    let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap();
     // SAFETY: the pidfile is locked as long as the process lives, the number is its.
     assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
     let start = Instant::now();
@@ -219,6 +218,19 @@ fn going_to_the_background() {
         assert!(start.elapsed() < PATIENCE, "left: {:?}", names(dir.path()));
         std::thread::sleep(Duration::from_millis(2));
     }
+    (dir, cwd)
+}
+
+#[test]
+fn going_to_the_background() {
+    let disk = "--blockdev driver=file,node-name=f,filename=";
+    let (_, cwd) = background(|_| format!("{disk}disk.raw"));
+    assert_eq!(cwd, Path::new("/"), "what is open stays open");
+    // A daemon that hands its disk over may have to open it again: by the name it was given.
+    let (dir, cwd) = background(|_| format!("--control=c {disk}disk.raw"));
+    assert_eq!(cwd, dir.path());
+    let (_, cwd) = background(|dir| format!("--control=c {disk}{}/disk.raw", dir.display()));
+    assert_eq!(cwd, Path::new("/"), "the name begins there");
     assert_eq!(
         failure("--daemonize --blockdev file,node-name=f,filename=nope"),
         "vhost-user-blk: --blockdev file,node-name=f,filename=nope: \

@@ -58,10 +58,9 @@ pub fn attend(
         }
     };
     let mut ended = None;
-    let outcome =
-        refused.and_then(|()| prepare(&mut peer, control, session, pidfile, signals)).and_then(
-            |pid| hand_over(&mut peer, control, session, (signals, &mut ended)).map(|()| pid),
-        );
+    let outcome = refused
+        .and_then(|()| prepare(&mut peer, control, session, pidfile, signals))
+        .and_then(|pid| hand_over(&mut peer, session, (signals, &mut ended)).map(|()| pid));
     match outcome {
         Ok(pid) => Outcome::HandedOver(pid),
         Err(e) => {
@@ -114,14 +113,9 @@ fn prepare(
 /// From the pause to the point of no return, or back.
 fn hand_over(
     peer: &mut Peer,
-    control: &Control,
     session: &mut Session,
     (signals, ended): (&Signals, &mut Option<u32>),
 ) -> Result<()> {
-    // A daemon has left the directory where its images' names begin.
-    let home = std::env::current_dir().ok();
-    std::env::set_current_dir(&control.directory)
-        .map_err(|e| err!("{}: {e}", control.directory.display()))?;
     let mut paused = Paused::default();
     let start = Instant::now();
     let result = session.check_pausable().and_then(|()| {
@@ -142,9 +136,6 @@ fn hand_over(
                 peer.fail(e.message());
                 *ended = go_on(peer, session, paused, signals);
                 log::warn!("take-over: guests go on after {:?}", start.elapsed());
-            }
-            if let Some(Err(e)) = home.map(std::env::set_current_dir) {
-                log::debug!("take-over: {e}");
             }
             return Err(e);
         }

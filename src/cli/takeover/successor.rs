@@ -64,11 +64,12 @@ pub fn ask(path: &str, own: &Settings, signals: &Signals) -> Result<(Takeover, B
             _ => {}
         }
     }
+    // Before its command line is read: `--allow-path` is looked up at once.
+    let directory = PathBuf::from(text(&config.body, "directory")?);
+    std::env::set_current_dir(&directory).map_err(|e| err!("{}: {e}", directory.display()))?;
     let Plan::Serve(settings) = Plan::read(&args)? else {
         return Err(err!("the predecessor's command line serves nothing"));
     };
-    let directory = PathBuf::from(text(&config.body, "directory")?);
-    std::env::set_current_dir(&directory).map_err(|e| err!("{}: {e}", directory.display()))?;
     Ok((Takeover { peer, config, directory }, settings))
 }
 
