@@ -105,7 +105,7 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
         None => (None, block()?),
     };
     // Later it may be out of reach.
-    let manager = Manager::connect();
+    let manager = Manager::connect(takeover.as_mut().and_then(Takeover::manager));
     let mut session = Session::new();
     let mut names = Names::default();
     let result =
@@ -267,7 +267,7 @@ fn serve(
             session.look_at_storage();
             continue;
         };
-        match predecessor::attend(control, session, names.pidfile.as_ref(), signals) {
+        match predecessor::attend(control, session, (names.pidfile.as_ref(), &manager), signals) {
             Outcome::Serving => {}
             Outcome::HandedOver(pid) => {
                 manager.notify(&format!("MAINPID={pid}"));

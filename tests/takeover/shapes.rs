@@ -109,9 +109,10 @@ fn daemons_and_the_service_manager() {
         let n = manager.recv(&mut bytes).unwrap();
         String::from_utf8_lossy(&bytes[..n]).into_owned()
     };
-    let run = |args: &[&str], cwd: &Path| {
+    let run = |args: &[&str], cwd: &Path, told: bool| {
         let mut command = Command::new(PROGRAM);
-        command.args(args).current_dir(cwd).env("NOTIFY_SOCKET", dir.path().join("notify"));
+        command.args(args).current_dir(cwd).env_remove("NOTIFY_SOCKET");
+        command.envs(told.then(|| ("NOTIFY_SOCKET", dir.path().join("notify"))));
         command.stdin(Stdio::null()).status().unwrap()
     };
     let path = |name: &str| dir.path().join(name);
@@ -124,7 +125,7 @@ fn daemons_and_the_service_manager() {
         "--socket-path=s",
         "--allow-path=image",
     ];
-    assert!(run(&args, dir.path()).success());
+    assert!(run(&args, dir.path(), true).success());
     let kill = Kill(std::cell::Cell::new(pid()));
     assert_eq!(heard(), "READY=1");
     let mut client = Client::connect(path("s"), small()).unwrap();
@@ -136,10 +137,11 @@ fn daemons_and_the_service_manager() {
     drop(fellow);
     assert_holds(&mut client, 1);
     assert_eq!(pid(), first);
-    for _ in 0..2 {
+    // By default systemd tells `ExecReload=` nothing of itself; and whoever is not told must be able to tell of the next.
+    for is_told in [false, true, false, false] {
         let before = pid();
         let other = Path::new("/proc");
-        assert!(run(&["--take-over", path("ctl").to_str().unwrap()], other).success());
+        assert!(run(&["--take-over", path("ctl").to_str().unwrap()], other, is_told).success());
         wait_for("the pidfile", || (pid() != before).then_some(()));
         kill.0.set(pid());
         wait_for("its end", || (!is_alive(before)).then_some(()));

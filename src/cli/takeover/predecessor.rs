@@ -13,7 +13,7 @@ use super::{
     ACTIVATE_LIMIT, Control, PAUSE_LIMIT, PREPARE_LIMIT, REPORT, RETRY, TALK_LIMIT, VERSIONS,
     check_peer, save_place,
 };
-use crate::cli::daemon::Pidfile;
+use crate::cli::daemon::{Manager, Pidfile};
 use crate::cli::session::Session;
 use crate::err;
 use crate::error::Result;
@@ -35,7 +35,7 @@ pub enum Outcome {
 pub fn attend(
     control: &Control,
     session: &mut Session,
-    pidfile: Option<&Pidfile>,
+    system: (Option<&Pidfile>, &Manager),
     signals: &Signals,
 ) -> Outcome {
     let stream = match control.listener.accept() {
@@ -59,7 +59,7 @@ pub fn attend(
     };
     let mut ended = None;
     let outcome = refused
-        .and_then(|()| prepare(&mut peer, control, session, pidfile, signals))
+        .and_then(|()| prepare(&mut peer, control, session, system, signals))
         .and_then(|pid| hand_over(&mut peer, session, (signals, &mut ended)).map(|()| pid));
     match outcome {
         Ok(pid) => Outcome::HandedOver(pid),
@@ -76,7 +76,7 @@ fn prepare(
     peer: &mut Peer,
     control: &Control,
     session: &Session,
-    pidfile: Option<&Pidfile>,
+    (pidfile, manager): (Option<&Pidfile>, &Manager),
     signals: &Signals,
 ) -> Result<i32> {
     let signals = Some(signals.as_fd());
@@ -97,6 +97,7 @@ fn prepare(
             json!({"path": path, "file": config.put(file.as_fd())?})
         }
     };
+    let manager = config.put_if(manager.socket())?;
     config.body = json!({
         "version": version,
         "args": control.args,
@@ -104,6 +105,7 @@ fn prepare(
         "exports": session.places(),
         "control": {"listener": listener, "place": save_place(Some(&control.place))},
         "pidfile": pidfile,
+        "manager": manager,
     });
     peer.send(Kind::Config, &config)?;
     let ready = peer.expect(Kind::Ready, within(PREPARE_LIMIT), signals)?.body;

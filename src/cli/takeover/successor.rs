@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -74,6 +74,12 @@ pub fn ask(path: &str, own: &Settings, signals: &Signals) -> Result<(Takeover, B
 }
 
 impl Takeover {
+    /// The predecessor's connection to the service manager. A predecessor may be so old that it gives none.
+    pub fn manager(&mut self) -> Option<OwnedFd> {
+        let place = self.config.body["manager"].take();
+        self.config.take_if(&place).unwrap_or_default()
+    }
+
     /// The directories of the names that will be ours.
     pub fn dirs(&self) -> Vec<PathBuf> {
         let body = &self.config.body;
