@@ -78,12 +78,13 @@ pub fn umask(mask: u32) {
     unsafe { libc::umask(mask) };
 }
 
-/// Points the standard input, output and error at `null`, which is /dev/null.
+/// Points the standard input and output at `null`, which is /dev/null; and the standard error, unless it is kept.
 ///
 /// # Errors
 /// What the kernel says.
-pub fn null_stdio(null: &File) -> io::Result<()> {
-    for fd in 0..3 {
+pub fn null_stdio(null: &File, keep_stderr: bool) -> io::Result<()> {
+    let fds = if keep_stderr { 0..2 } else { 0..3 };
+    for fd in fds {
         // SAFETY: `dup2` replaces the standard descriptors, which nobody owns, by another open file.
         check(unsafe { libc::dup2(null.as_raw_fd(), fd) })?;
     }

@@ -261,3 +261,52 @@ fn any_export_can_be_deactivated() {
     assert!(is_free_and_clean(&path));
     assert_eq!(Arc::strong_count(&export), 1);
 }
+
+/// A daemon leaves its directory, unless the names of what it will open begin there: of the image, of the backing file that the
+/// image names, of what `--allow-path` and `--state-dir` say, and of what it removes in the end.
+#[test]
+fn a_daemon_opens_what_has_a_relative_name() {
+    let place = tempfile::tempdir().unwrap();
+    let run = |program: &str, args: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(args).current_dir(&place).stdin(Stdio::null()).status().unwrap().success()
+    };
+    let dir = place.path().join("images");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::create_dir(place.path().join("state")).unwrap();
+    std::fs::write(dir.join("base"), vec![9; 1 << 20]).unwrap();
+    let create = ["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "images/top"];
+    assert!(run("qemu-img", &create));
+    let node = "driver=qcow2,node-name=n,file.driver=file,file.filename=images/top";
+    let export = format!("vhost-user-blk,node-name=n,addr.type=unix,addr.path=s{AUTO}");
+    let args = ["--pidfile=pid", "--state-dir=state", "--blockdev", node, "--export", &export];
+    let daemon = [&["--daemonize"], &args[..]].concat();
+    assert!(run(env!("CARGO_BIN_EXE_vhost-user-blk"), &daemon));
+    let pid = std::fs::read_to_string(place.path().join("pid")).unwrap().trim().parse().unwrap();
+    let _kill = Kill(pid);
+    for round in 1..3 {
+        let mut client = Client::connect(place.path().join("s"), two_queues()).unwrap();
+        let mut read = [0; 1024];
+        client.queue(0).read(0, &mut read).unwrap();
+        assert_eq!((read[0], read[512]), (if round == 1 { 9 } else { 1 }, 9));
+        client.queue(0).write(0, &[1; 512]).unwrap();
+        assert_eq!(std::fs::read_dir(place.path().join("state")).unwrap().count(), 1);
+        client.stop().unwrap();
+        assert_eq!(std::fs::read_dir(place.path().join("state")).unwrap().count(), 0);
+    }
+    vub_client::sys::kill(pid, libc::SIGTERM).unwrap();
+    let left = |name: &str| place.path().join(name).exists();
+    eventually("its names are gone", || !left("pid") && !left("s"));
+    assert!(is_free_and_clean(&dir.join("top")));
+}
+
+/// Kills the daemon if the test fails.
+struct Kill(u32);
+
+impl Drop for Kill {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            vub_client::sys::kill(self.0, libc::SIGKILL).unwrap_or_default();
+        }
+    }
+}

@@ -111,10 +111,8 @@ fn a_write_that_cannot_be_logged_fails() {
 
 #[test]
 fn host_device() {
-    if Loop::exist() {
-        every_engine(Layout::HostDevice(512), &[6 * MIB]);
-        every_engine(Layout::HostDevice(4096), &[6 * MIB]);
-    }
+    every_engine(Layout::HostDevice(512), &[6 * MIB]);
+    every_engine(Layout::HostDevice(4096), &[6 * MIB]);
 }
 
 /// What the generic layer promises a driver, whatever it is asked itself.
@@ -403,8 +401,7 @@ fn neighbours(setup: Setup, a: (usize, usize, u8), b: (usize, usize, u8)) {
 /// Where the medium's blocks are larger than writes, a write must not bring back old bytes of its neighbours.
 #[test]
 fn writes_in_the_same_block_keep_out_of_each_others_way() {
-    let devices = if Loop::exist() { vec![Layout::HostDevice(4096)] } else { vec![] };
-    for layout in [Layout::File, Layout::Raw].into_iter().chain(devices) {
+    for layout in [Layout::File, Layout::Raw, Layout::HostDevice(4096)] {
         for setup in Setup::engines(layout).filter(|s| s.direct) {
             // Halves of a sector of 512 bytes; halves of a block.
             neighbours(setup, (0, 256, 0), (256, 256, 1));

@@ -12,9 +12,9 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use drivers::Rng;
 use drivers::bed::directory;
 use drivers::guest::{DATA, FEATURES, Guest, SLOTS};
-use drivers::{Rng, not_tested};
 use serde_json::{Value, json};
 use vhost_user_blk::block::Graph;
 use vhost_user_blk::export::{Export, ExportConfig};
@@ -234,9 +234,7 @@ fn the_fast_lane_does_not_allocate() {
     assert_eq!(allocations("null", null, false), 0, "null-co");
     let dir = directory();
     assert_eq!(packed_allocations(dir.path()), 0, "packed");
-    if let Err(e) = uring_available() {
-        return not_tested(&format!("files, because io_uring does not work here: {e}"));
-    }
+    uring_available().expect("io_uring works here");
     let path = dir.path().join("image");
     for direct in [false, true] {
         tagged_image(&path);

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, PipeReader, PipeWriter, Read, Seek, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -64,15 +65,26 @@ fn wait_for_daemon(mut reader: PipeReader) -> u8 {
 }
 
 impl Background {
-    /// Leaves the directory and the terminal, and lets the parent go.
+    /// Leaves the terminal, and the directory unless it `stays`, and lets the parent go. What is logged still goes to the
+    /// journal, if it has so far.
     ///
     /// # Errors
     /// If that fails.
-    pub fn ready(mut self) -> io::Result<()> {
-        std::env::set_current_dir("/")?;
-        sys::null_stdio(&self.null)?;
+    pub fn ready(mut self, stays: bool) -> io::Result<()> {
+        if !stays {
+            std::env::set_current_dir("/")?;
+        }
+        sys::null_stdio(&self.null, logs_to_journal())?;
         self.pipe.write_all(&[READY])
     }
+}
+
+/// Whether systemd's journal reads the standard error: `$JOURNAL_STREAM` has its device and inode (systemd.exec(5)).
+fn logs_to_journal() -> bool {
+    let stderr = io::stderr().as_fd().try_clone_to_owned().map(File::from);
+    let stderr = stderr.and_then(|file| file.metadata());
+    let is = |meta: fs::Metadata| format!("{}:{}", meta.dev(), meta.ino());
+    std::env::var("JOURNAL_STREAM").ok() == stderr.map(is).ok()
 }
 
 /// The file with the number of the process. Dropping it removes it.
@@ -180,14 +192,20 @@ pub struct Manager {
 }
 
 impl Manager {
-    /// Connects to it: later it may be out of reach.
-    pub fn connect() -> Manager {
+    /// Connects to it: later it may be out of reach. Whoever was not told where it is (`$NOTIFY_SOCKET`: a shell's children,
+    /// and by default what `ExecReload=` starts) has its `predecessor`'s connection, or else the next successor could not be
+    /// announced, and would be taken for left over.
+    pub fn connect(predecessor: Option<OwnedFd>) -> Manager {
         let name = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty());
-        let connected = name.map(|name| connect(name.as_encoded_bytes()));
-        let socket = connected.and_then(|result| {
-            result.map_err(|e| log::warn!("cannot notify the service manager: {e}")).ok()
-        });
-        Manager { socket }
+        let Some(name) = name else { return Manager { socket: predecessor.map(Into::into) } };
+        let connected = connect(name.as_encoded_bytes());
+        let failed = |e| log::warn!("cannot notify the service manager: {e}");
+        Manager { socket: connected.map_err(failed).ok() }
+    }
+
+    /// The connection, for a successor.
+    pub fn socket(&self) -> Option<BorrowedFd<'_>> {
+        self.socket.as_ref().map(AsFd::as_fd)
     }
 
     /// Tells it `state` (`READY=1`, `STOPPING=1`).

@@ -105,7 +105,7 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
         None => (None, block()?),
     };
     // Later it may be out of reach.
-    let manager = Manager::connect();
+    let manager = Manager::connect(takeover.as_mut().and_then(Takeover::manager));
     let mut session = Session::new();
     let mut names = Names::default();
     let result =
@@ -250,7 +250,8 @@ fn serve(
     signals: &Signals,
 ) -> Result<(ExitCode, bool)> {
     if let Some(background) = background {
-        background.ready().map_err(|e| err!("cannot go to the background: {e}"))?;
+        let stays = session.needs_directory(names.control.is_some());
+        background.ready(stays).map_err(|e| err!("cannot go to the background: {e}"))?;
     }
     manager.notify("READY=1");
     let signal = loop {
@@ -266,7 +267,7 @@ fn serve(
             session.look_at_storage();
             continue;
         };
-        match predecessor::attend(control, session, names.pidfile.as_ref(), signals) {
+        match predecessor::attend(control, session, (names.pidfile.as_ref(), &manager), signals) {
             Outcome::Serving => {}
             Outcome::HandedOver(pid) => {
                 manager.notify(&format!("MAINPID={pid}"));

@@ -236,10 +236,7 @@ impl Session {
     pub fn confine(&self, mut allow: Allow, may_reopen: bool) -> Result<()> {
         let dirs = self.exports.places().filter_map(listen::Place::dir);
         dirs.for_each(|dir| allow.remove_in(dir));
-        let mut later = self.later.clone();
-        if may_reopen {
-            later.extend(dormant::files_of(&self.graph, &self.graph.all_definitions()));
-        }
+        let later = self.openable(may_reopen);
         let none = later.is_empty();
         later.into_iter().for_each(|(path, writable)| allow.file(path, writable));
         // Journals go with the nodes that are written to, and come with those that are opened later. A directory that is not
@@ -258,6 +255,20 @@ impl Session {
         let entered = sandbox::enter(&allow);
         self.graph.upkeep().resume();
         entered
+    }
+
+    /// The files that may be opened from here on, and whether for writing; all that are open now, if they `may_reopen`.
+    fn openable(&self, may_reopen: bool) -> Vec<(PathBuf, bool)> {
+        let mut files = self.later.clone();
+        if may_reopen {
+            files.extend(dormant::files_of(&self.graph, &self.graph.all_definitions()));
+        }
+        files
+    }
+
+    /// Whether the working directory is where names begin that may be needed from here on: see [`Session::confine`].
+    pub fn needs_directory(&self, may_reopen: bool) -> bool {
+        self.openable(may_reopen).iter().any(|(path, _)| path.is_relative())
     }
 
     /// Starts to serve.

@@ -115,7 +115,8 @@ struct Filters {
 static FILTERS: OnceLock<Filters> = OnceLock::new();
 static REFUSES_FILES: AtomicBool = AtomicBool::new(false);
 
-/// Gives up everything that is not needed any more, for ever, for the whole process.
+/// Gives up everything that is not needed any more, for ever, for the whole process; but for what only who may become another
+/// user can do, [`privileges::bound_capabilities`]: that comes before both.
 ///
 /// # Errors
 /// If there are other threads, if something in `allow` is not there, or if the kernel refuses what it should allow. Not if
@@ -133,7 +134,6 @@ pub fn enter(allow: &Allow) -> Result<()> {
             "the kernel has no Landlock (CONFIG_SECURITY_LANDLOCK, lsm=), or somebody forbids it: every file may be opened"
         );
     }
-    privileges::bound_capabilities();
     privileges::drop_capabilities().map_err(|e| failed("capabilities", &e))?;
     let filters = calls::filters().map_err(|e| failed("seccomp", &e))?;
     let (process, quiet, deadly) = (&filters.process, &filters.quiet, &filters.deadly);

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -199,19 +199,23 @@ fn questions_are_answered() {
     assert!(answer("--blockdev null-co,node-name=n --print-graph=json").contains('\n'));
 }
 
-#[test]
-fn going_to_the_background() {
+/// Starts a daemon in a directory with a disk, and ends it, with nothing left. The directory, and the one that the daemon was in.
+fn background(
+    args: impl Fn(&Path) -> String,
+    with: impl FnOnce(&mut Command),
+) -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     File::create(dir.path().join("disk.raw")).unwrap().set_len(1 << 20).unwrap();
-    let args = "--daemonize --pidfile=pid {F} --export \
-                vhost-user-blk,node-name=f,addr.type=unix,addr.path=s";
-    let mut command = ours(dir.path(), args);
+    let export = "--export vhost-user-blk,node-name=f,addr.type=unix,addr.path=s";
+    let args = format!("--daemonize --pidfile=pid {} {export}", args(dir.path()));
+    let mut command = ours(dir.path(), &args);
+    with(&mut command);
     let output = wait(command.spawn().unwrap());
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     // All is there when the parent has gone.
     UnixStream::connect(dir.path().join("s")).unwrap();
     let pid: i32 = fs::read_to_string(dir.path().join("pid")).unwrap().trim().parse().unwrap();
-    assert_eq!(fs::read_link(format!("/proc/{pid}/cwd")).unwrap(), Path::new("/"));
+    let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap();
     // SAFETY: the pidfile is locked as long as the process lives, the number is its.
     assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
     let start = Instant::now();
@@ -219,11 +223,45 @@ fn going_to_the_background() {
         assert!(start.elapsed() < PATIENCE, "left: {:?}", names(dir.path()));
         std::thread::sleep(Duration::from_millis(2));
     }
+    (dir, cwd)
+}
+
+#[test]
+fn going_to_the_background() {
+    let disk = "--blockdev driver=file,node-name=f,filename=";
+    let (_, cwd) = background(|_| format!("{disk}disk.raw"), |_| ());
+    assert_eq!(cwd, Path::new("/"), "what is open stays open");
+    // A daemon that hands its disk over may have to open it again: by the name it was given.
+    let (dir, cwd) = background(|_| format!("--control=c {disk}disk.raw"), |_| ());
+    assert_eq!(cwd, dir.path());
+    let (_, cwd) =
+        background(|dir| format!("--control=c {disk}{}/disk.raw", dir.display()), |_| ());
+    assert_eq!(cwd, Path::new("/"), "the name begins there");
     assert_eq!(
         failure("--daemonize --blockdev file,node-name=f,filename=nope"),
         "vhost-user-blk: --blockdev file,node-name=f,filename=nope: \
          Could not open 'nope': No such file or directory\n"
     );
+}
+
+/// A daemon that the service manager has started, as `ExecReload=` of our unit does.
+#[test]
+fn a_daemon_logs_to_the_journal() {
+    for (journal, lines) in [(true, 1), (false, 0)] {
+        let aside = tempfile::tempdir().unwrap();
+        let log = File::create(aside.path().join("log")).unwrap();
+        let meta = log.metadata().unwrap();
+        let inode = meta.ino() + u64::from(!journal);
+        let (dir, _) = background(
+            |_| "--log-level=info --blockdev null-co,node-name=f".into(),
+            |command| {
+                command.stderr(log).env("JOURNAL_STREAM", format!("{}:{inode}", meta.dev()));
+            },
+        );
+        drop(dir);
+        let text = fs::read_to_string(aside.path().join("log")).unwrap();
+        assert_eq!(text.lines().filter(|line| line.contains("stopping")).count(), lines, "{text}");
+    }
 }
 
 #[test]

@@ -10,7 +10,6 @@ use vub_client::proto::pf;
 use vub_client::{Base, MemStyle, Options, Status};
 
 use crate::common::{Disk, ENGINES, FileDisk, MIB, Random, config, eventually, small};
-use crate::drivers::not_tested;
 
 /// Reads that a slow disk has not answered are under way into a region that goes: the reply comes after the last byte.
 #[test]
@@ -92,37 +91,42 @@ fn regions_at_odd_offsets() {
 #[test]
 fn regions_of_huge_pages() {
     const HUGE: usize = 2 << 20;
-    let Some(_pages) = HugePages::reserve(4) else { return };
+    let _pages = HugePages::reserve(4);
     let whole = 3 * HUGE;
     let fd = vub_client::sys::huge_memfd(c"huge", whole as u64).unwrap();
     let parts = [0..whole, HUGE..2 * HUGE, 4096..HUGE, HUGE + 8192 + 512..3 * HUGE - 4096];
     parts_of_a_file(&fd, whole, &parts);
 }
 
-/// Huge pages of 2 MiB that this test may use; given back when dropped.
-struct HugePages(u64);
+/// Huge pages of 2 MiB that this test may use; given back when dropped. The lock keeps another run of it from giving back ours.
+struct HugePages {
+    before: u64,
+    _lock: File,
+}
 
 impl HugePages {
     const NUMBER: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
-    /// `None`, and says so, if the machine does not give any: the only reason for which the test does not run.
-    fn reserve(more: u64) -> Option<HugePages> {
-        let number = || std::fs::read_to_string(Self::NUMBER).ok()?.trim().parse::<u64>().ok();
-        let before = number();
-        if let Some(before) = before {
-            let _ = std::fs::write(Self::NUMBER, (before + more).to_string());
-            if number() == Some(before + more) {
-                return Some(HugePages(before));
-            }
-        }
-        not_tested("huge pages: this machine gives none");
-        None
+    fn number() -> u64 {
+        std::fs::read_to_string(Self::NUMBER).unwrap().trim().parse().unwrap()
+    }
+
+    /// Root may ask the kernel for them; it must have so much memory in one piece.
+    fn reserve(more: u64) -> HugePages {
+        let lock = File::open(Self::NUMBER).unwrap();
+        lock.lock().unwrap();
+        let pages = HugePages { before: Self::number(), _lock: lock };
+        let wanted = pages.before + more;
+        std::fs::write(Self::NUMBER, wanted.to_string()).expect("root asks");
+        assert_eq!(Self::number(), wanted, "{}: the kernel has no such pages", Self::NUMBER);
+        pages
     }
 }
 
 impl Drop for HugePages {
     fn drop(&mut self) {
-        let _ = std::fs::write(Self::NUMBER, self.0.to_string());
+        let restored = std::fs::write(Self::NUMBER, self.before.to_string());
+        assert!(restored.is_ok() || std::thread::panicking());
     }
 }
 

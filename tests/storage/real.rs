@@ -97,9 +97,6 @@ fn a_file_cut_short() {
 /// A block device cut short: errors at once, also where `werror=enospc` waits for room.
 #[test]
 fn a_device_cut_short() {
-    if !Loop::exist() {
-        return;
-    }
     for engine in ENGINES {
         let image = Image::new(4 * MIB);
         let id = format!("shorter-{}-{}", engine.aio, engine.direct);
@@ -127,9 +124,6 @@ fn a_device_cut_short() {
 /// A device that vanishes (all of its blocks do) and comes back.
 #[test]
 fn a_vanished_device() {
-    if !Loop::exist() {
-        return;
-    }
     for engine in ENGINES {
         let image = Image::new(4 * MIB);
         let id = format!("vanished-{}-{}", engine.aio, engine.direct);

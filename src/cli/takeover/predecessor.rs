@@ -13,7 +13,7 @@ use super::{
     ACTIVATE_LIMIT, Control, PAUSE_LIMIT, PREPARE_LIMIT, REPORT, RETRY, TALK_LIMIT, VERSIONS,
     check_peer, save_place,
 };
-use crate::cli::daemon::Pidfile;
+use crate::cli::daemon::{Manager, Pidfile};
 use crate::cli::session::Session;
 use crate::err;
 use crate::error::Result;
@@ -35,7 +35,7 @@ pub enum Outcome {
 pub fn attend(
     control: &Control,
     session: &mut Session,
-    pidfile: Option<&Pidfile>,
+    system: (Option<&Pidfile>, &Manager),
     signals: &Signals,
 ) -> Outcome {
     let stream = match control.listener.accept() {
@@ -58,10 +58,9 @@ pub fn attend(
         }
     };
     let mut ended = None;
-    let outcome =
-        refused.and_then(|()| prepare(&mut peer, control, session, pidfile, signals)).and_then(
-            |pid| hand_over(&mut peer, control, session, (signals, &mut ended)).map(|()| pid),
-        );
+    let outcome = refused
+        .and_then(|()| prepare(&mut peer, control, session, system, signals))
+        .and_then(|pid| hand_over(&mut peer, session, (signals, &mut ended)).map(|()| pid));
     match outcome {
         Ok(pid) => Outcome::HandedOver(pid),
         Err(e) => {
@@ -77,7 +76,7 @@ fn prepare(
     peer: &mut Peer,
     control: &Control,
     session: &Session,
-    pidfile: Option<&Pidfile>,
+    (pidfile, manager): (Option<&Pidfile>, &Manager),
     signals: &Signals,
 ) -> Result<i32> {
     let signals = Some(signals.as_fd());
@@ -98,6 +97,7 @@ fn prepare(
             json!({"path": path, "file": config.put(file.as_fd())?})
         }
     };
+    let manager = config.put_if(manager.socket())?;
     config.body = json!({
         "version": version,
         "args": control.args,
@@ -105,6 +105,7 @@ fn prepare(
         "exports": session.places(),
         "control": {"listener": listener, "place": save_place(Some(&control.place))},
         "pidfile": pidfile,
+        "manager": manager,
     });
     peer.send(Kind::Config, &config)?;
     let ready = peer.expect(Kind::Ready, within(PREPARE_LIMIT), signals)?.body;
@@ -114,14 +115,9 @@ fn prepare(
 /// From the pause to the point of no return, or back.
 fn hand_over(
     peer: &mut Peer,
-    control: &Control,
     session: &mut Session,
     (signals, ended): (&Signals, &mut Option<u32>),
 ) -> Result<()> {
-    // A daemon has left the directory where its images' names begin.
-    let home = std::env::current_dir().ok();
-    std::env::set_current_dir(&control.directory)
-        .map_err(|e| err!("{}: {e}", control.directory.display()))?;
     let mut paused = Paused::default();
     let start = Instant::now();
     let result = session.check_pausable().and_then(|()| {
@@ -142,9 +138,6 @@ fn hand_over(
                 peer.fail(e.message());
                 *ended = go_on(peer, session, paused, signals);
                 log::warn!("take-over: guests go on after {:?}", start.elapsed());
-            }
-            if let Some(Err(e)) = home.map(std::env::set_current_dir) {
-                log::debug!("take-over: {e}");
             }
             return Err(e);
         }

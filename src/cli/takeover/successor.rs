@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -64,15 +64,22 @@ pub fn ask(path: &str, own: &Settings, signals: &Signals) -> Result<(Takeover, B
             _ => {}
         }
     }
+    // Before its command line is read: `--allow-path` is looked up at once.
+    let directory = PathBuf::from(text(&config.body, "directory")?);
+    std::env::set_current_dir(&directory).map_err(|e| err!("{}: {e}", directory.display()))?;
     let Plan::Serve(settings) = Plan::read(&args)? else {
         return Err(err!("the predecessor's command line serves nothing"));
     };
-    let directory = PathBuf::from(text(&config.body, "directory")?);
-    std::env::set_current_dir(&directory).map_err(|e| err!("{}: {e}", directory.display()))?;
     Ok((Takeover { peer, config, directory }, settings))
 }
 
 impl Takeover {
+    /// The predecessor's connection to the service manager. A predecessor may be so old that it gives none.
+    pub fn manager(&mut self) -> Option<OwnedFd> {
+        let place = self.config.body["manager"].take();
+        self.config.take_if(&place).unwrap_or_default()
+    }
+
     /// The directories of the names that will be ours.
     pub fn dirs(&self) -> Vec<PathBuf> {
         let body = &self.config.body;
