@@ -16,8 +16,9 @@ use super::aio::Aio;
 use super::epoll::Epoll;
 use super::inline;
 use super::pool::{Job, pool};
+use super::token::{Kind, TOKEN_BITS, is_request, kind_of, token};
 use super::uring::Uring;
-use super::{Engine, File, Inbox, Kind, Rw, TOKEN_BITS, is_request, kind_of, token};
+use super::{Engine, File, Inbox, Rw, calls};
 use crate::error::Errno;
 
 /// How a thread waits.
@@ -146,11 +147,11 @@ impl Reactor {
     /// Nobody needs the answer of the request made with [`Reactor::submit`] and `payload` any more: it comes soon, ECANCELED
     /// or another, if it is in an io_uring and the kernel can let it go. Others come when they are done.
     pub fn cancel(&mut self, payload: u64) {
-        let token = token(Kind::Fast, payload);
+        let request = token(Kind::Fast, payload);
         if let Wait::Uring(ring) = &mut self.wait
-            && ring.cancel(token, super::token(Kind::Ignored, 0))
+            && ring.cancel(request, token(Kind::Ignored, 0))
         {
-            self.finished.push((token, -libc::ECANCELED));
+            self.finished.push((request, -libc::ECANCELED));
         }
     }
 
@@ -207,7 +208,7 @@ impl Reactor {
                 self.in_flight += 1;
                 ring.push_fdatasync(fd, token(Kind::Op, op as u64));
             }
-            _ => self.submit_call(op, move || super::calls::fdatasync(fd)),
+            _ => self.submit_call(op, move || calls::fdatasync(fd)),
         }
     }
 
