@@ -38,7 +38,7 @@ pub use drive::{block_on, block_on_with, is_simulated, try_block_on};
 pub use executor::Executor;
 pub use file::{Engine, File, IOV_MAX, Rw};
 pub use mailbox::{Bell, Mail, Mailbox};
-pub use operation::{blocking, fallocate, fdatasync, read, write};
+pub use operation::{blocking, blocking_on, fallocate, fdatasync, read, write};
 pub use reactor::{Event, Reactor, WaitKind};
 pub use runtime::{EventBell, Inbox, Installed, Runtime, current};
 pub use time::{cancellable, sleep, sleep_unless_cancelled};

@@ -2,12 +2,14 @@
 
 use std::future::Future;
 use std::marker::PhantomData;
+use std::os::fd::RawFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use super::file::{File, IOV_MAX, Rw};
+use super::pool::Owner;
 use super::runtime::{Runtime, current};
 use super::{Reactor, calls};
 use crate::error::Errno;
@@ -118,11 +120,24 @@ pub async fn fdatasync(file: &File) -> Result<(), Errno> {
 pub async fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> Result<(), Errno> {
     let fd = file.fd();
     let call = move || calls::fallocate(fd, mode, offset, len);
-    Errno::from_result(Operation::submit(|r, op| r.submit_call(op, call)).await).map(drop)
+    Errno::from_result(Operation::submit(|r, op| r.submit_call(op, Some(fd), call)).await).map(drop)
 }
 
-/// Runs `f` on a pool thread (ioctls and other calls that block).
+/// Runs `f`, which takes long and waits for no file, on a pool thread.
 pub async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T {
+    call(None, f).await
+}
+
+/// Runs `f` on the descriptor of `file` on a pool thread (ioctls and other calls that block).
+pub async fn blocking_on<T: Send + 'static>(
+    file: &File,
+    f: impl FnOnce(RawFd) -> T + Send + 'static,
+) -> T {
+    let fd = file.fd();
+    call(Some(fd), move || f(fd)).await
+}
+
+async fn call<T: Send + 'static>(owner: Owner, f: impl FnOnce() -> T + Send + 'static) -> T {
     let place = Arc::new(std::sync::Mutex::new(None));
     let answer = Arc::clone(&place);
     let call = move || {
@@ -130,7 +145,7 @@ pub async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static)
         *answer.lock().expect("no holder panics") = Some(value);
         0
     };
-    Operation::submit(|r, op| r.submit_call(op, call)).await;
+    Operation::submit(|r, op| r.submit_call(op, owner, call)).await;
     let value = place.lock().expect("no holder panics").take();
     value.expect("the call has returned")
 }

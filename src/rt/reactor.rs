@@ -15,7 +15,7 @@ use slab::Slab;
 use super::aio::Aio;
 use super::epoll::Epoll;
 use super::inline;
-use super::pool::{Job, pool};
+use super::pool::{Job, Owner, pool};
 use super::token::{Kind, TOKEN_BITS, is_request, kind_of, token};
 use super::uring::Uring;
 use super::{Engine, File, Inbox, Rw, calls};
@@ -208,12 +208,18 @@ impl Reactor {
                 self.in_flight += 1;
                 ring.push_fdatasync(fd, token(Kind::Op, op as u64));
             }
-            _ => self.submit_call(op, move || calls::fdatasync(fd)),
+            _ => self.submit_call(op, Some(fd), move || calls::fdatasync(fd)),
         }
     }
 
-    /// Runs `call` on a pool thread for operation `op`; it answers like a system call of the kernel.
-    pub(super) fn submit_call(&mut self, op: usize, call: impl FnOnce() -> i32 + Send + 'static) {
+    /// Runs `call`, which may wait for `owner`, on a pool thread for operation `op`; it answers like a system call of the
+    /// kernel.
+    pub(super) fn submit_call(
+        &mut self,
+        op: usize,
+        owner: Owner,
+        call: impl FnOnce() -> i32 + Send + 'static,
+    ) {
         self.in_flight += 1;
         let (inbox, token) = (Arc::clone(&self.inbox), token(Kind::Op, op as u64));
         #[cfg(any(test, feature = "sim"))]
@@ -221,10 +227,8 @@ impl Reactor {
             calls.push(token, call);
             return;
         }
-        pool().push(Job::Call(Box::new(move || {
-            let result = call();
-            inbox.post(super::Mail::Done { token, result });
-        })));
+        let answer = move || inbox.post(super::Mail::Done { token, result: call() });
+        pool().push(Job::Call(owner, Box::new(answer)));
     }
 
     /// The result of operation `op`, once; until then its waker is kept.
