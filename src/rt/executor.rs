@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use slab::Slab;
 
 use super::mailbox::Mail;
-use super::{Inbox, current_is};
+use super::runtime::{Inbox, current_is};
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 

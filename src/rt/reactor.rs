@@ -15,9 +15,10 @@ use slab::Slab;
 use super::aio::Aio;
 use super::epoll::Epoll;
 use super::inline;
-use super::pool::{Job, pool};
+use super::pool::{Job, Owner, pool};
+use super::token::{Kind, TOKEN_BITS, is_request, kind_of, token};
 use super::uring::Uring;
-use super::{Engine, File, Inbox, Kind, Rw, TOKEN_BITS, is_request, kind_of, token};
+use super::{Engine, File, Inbox, Rw, calls};
 use crate::error::Errno;
 
 /// How a thread waits.
@@ -149,11 +150,11 @@ impl Reactor {
     /// Nobody needs the answer of the request made with [`Reactor::submit`] and `payload` any more: it comes soon, ECANCELED
     /// or another, if it is in an io_uring and the kernel can let it go. Others come when they are done.
     pub fn cancel(&mut self, payload: u64) {
-        let token = token(Kind::Fast, payload);
+        let request = token(Kind::Fast, payload);
         if let Wait::Uring(ring) = &mut self.wait
-            && ring.cancel(token, super::token(Kind::Ignored, 0))
+            && ring.cancel(request, token(Kind::Ignored, 0))
         {
-            self.finished.push((token, -libc::ECANCELED));
+            self.finished.push((request, -libc::ECANCELED));
         }
     }
 
@@ -168,13 +169,10 @@ impl Reactor {
 
     /// Does a read at once if the page cache has all of it.
     fn read_cached(&mut self, file: &File, rw: &Rw, token: u64) -> bool {
-        let result = rw.call_cached();
-        let hit = usize::try_from(result).is_ok_and(|n| n == rw.len);
-        file.inline.observe_read(hit);
-        if hit {
-            self.finished.push((token, result));
-        }
-        hit
+        let read = rw.call_cached();
+        file.inline.observe_read(read.is_some());
+        self.finished.extend(read.map(|n| (token, n)));
+        read.is_some()
     }
 
     /// Whether this turn has done as much inline as it should: completions first, then more.
@@ -221,12 +219,18 @@ impl Reactor {
                 self.in_flight += 1;
                 ring.push_fdatasync(fd, token(Kind::Op, op as u64));
             }
-            _ => self.submit_call(op, move || super::calls::fdatasync(fd)),
+            _ => self.submit_call(op, Some(fd), move || calls::fdatasync(fd)),
         }
     }
 
-    /// Runs `call` on a pool thread for operation `op`; it answers like a system call of the kernel.
-    pub(super) fn submit_call(&mut self, op: usize, call: impl FnOnce() -> i32 + Send + 'static) {
+    /// Runs `call`, which may wait for `owner`, on a pool thread for operation `op`; it answers like a system call of the
+    /// kernel.
+    pub(super) fn submit_call(
+        &mut self,
+        op: usize,
+        owner: Owner,
+        call: impl FnOnce() -> i32 + Send + 'static,
+    ) {
         self.in_flight += 1;
         let (inbox, token) = (Arc::clone(&self.inbox), token(Kind::Op, op as u64));
         #[cfg(any(test, feature = "sim"))]
@@ -234,10 +238,8 @@ impl Reactor {
             calls.push(token, call);
             return;
         }
-        pool().push(Job::Call(Box::new(move || {
-            let result = call();
-            inbox.post(super::Mail::Done { token, result });
-        })));
+        let answer = move || inbox.post(super::Mail::Done { token, result: call() });
+        pool().push(Job::Call(owner, Box::new(answer)));
     }
 
     /// The result of operation `op`, once; until then its waker is kept.

@@ -2,11 +2,13 @@
 
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, register::Restriction, squeue, types};
 
-use super::Rw;
+use super::token::is_request;
+use super::{Rw, WaitKind};
 use crate::error::Errno;
 
 /// Entries of the submission queue: one loop turn's batch; a fuller turn submits in between.
@@ -199,7 +201,7 @@ impl Uring {
         }
         for cqe in self.ring.completion() {
             let token = cqe.user_data();
-            if super::is_request(token) {
+            if is_request(token) {
                 self.in_kernel -= 1;
             }
             done(token, cqe.result(), cqueue::more(cqe.flags()));
@@ -220,6 +222,27 @@ impl Uring {
             self.submit();
         }
     }
+}
+
+/// Whether io_uring works here, found out once; the reason if not.
+///
+/// # Errors
+/// ENOSYS (not in this kernel), EPERM (seccomp, `kernel.io_uring_disabled`), ENOMEM, or ENOTSUP for a kernel that lacks
+/// what we need of it.
+pub fn uring_available() -> Result<(), Errno> {
+    static FOUND: OnceLock<Result<(), Errno>> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        // For tests and for operators who want none: as if the kernel had refused.
+        if std::env::var_os("VHOST_USER_BLK_NO_IO_URING").is_some() {
+            return Err(Errno::EPERM);
+        }
+        Uring::new().map(drop)
+    })
+}
+
+/// The wait point to use: io_uring if it works, else epoll.
+pub fn best_wait_kind() -> WaitKind {
+    if uring_available().is_ok() { WaitKind::Uring } else { WaitKind::Epoll }
 }
 
 #[cfg(test)]

@@ -8,7 +8,8 @@ use std::task::{Context, Poll};
 
 use serde_json::Value;
 
-use super::disk::{State, Work};
+use super::disk::State;
+use super::request::Work;
 use crate::block::perm::default_child_perms;
 use crate::block::{Driver, DriverDef, DriverKind, IoFuture, Limits, Op, OpenArgs};
 use crate::err;

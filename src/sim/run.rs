@@ -10,9 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Wake, Waker};
 
-use super::disk::{DiskSpec, Fault, KINDS, State};
+use super::disk::{Disk, State};
 use super::driver::{Shared, lock, register, unregister};
 use super::history::{History, Time};
+use super::request::{DiskSpec, Fault, KINDS};
 use super::{Pages, Rng};
 use crate::rt::sim::{World, enter, leave};
 use crate::rt::{Runtime, WaitKind};
@@ -251,7 +252,7 @@ impl Sim {
     pub fn specs(&self) -> Vec<DiskSpec> {
         let state = lock(&self.world);
         let disks = state.disks.iter();
-        let spec = |d: &super::disk::Disk| DiskSpec {
+        let spec = |d: &Disk| DiskSpec {
             name: d.name.clone(),
             image: d.image.clone(),
             options: d.options,
@@ -282,7 +283,7 @@ impl Sim {
         lock(&self.world).changed_in_flight
     }
 
-    fn with_disk<T>(&self, name: &str, f: impl FnOnce(&mut super::disk::Disk) -> T) -> T {
+    fn with_disk<T>(&self, name: &str, f: impl FnOnce(&mut Disk) -> T) -> T {
         let mut state = lock(&self.world);
         let disk = state.disks.iter_mut().find(|d| d.name == name);
         f(disk.unwrap_or_else(|| panic!("no simulated disk '{name}'")))

@@ -50,7 +50,8 @@ impl Program {
         Program::run(command, nodes, exports, None)
     }
 
-    fn run(
+    /// The same with a program that something has been done to.
+    pub fn run(
         mut command: Command,
         nodes: &[String],
         exports: &[(&str, &str)],

@@ -157,8 +157,7 @@ impl Medium {
         if !self.access.writable() {
             return Err(Errno::EPERM);
         }
-        let file = self.file.clone();
-        rt::blocking(move || posix::set_len(file.fd(), len)).await?;
+        rt::blocking_on(&self.file, move |fd| posix::set_len(fd, len)).await?;
         self.len.store(len, Ordering::Relaxed);
         Ok(())
     }
@@ -258,8 +257,7 @@ impl Medium {
         offset: u64,
         len: u64,
     ) -> Result<()> {
-        let file = self.file.clone();
-        rt::blocking(move || ioctl(file.fd(), offset, len)).await
+        rt::blocking_on(&self.file, move |fd| ioctl(fd, offset, len)).await
     }
 }
 
