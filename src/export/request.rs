@@ -16,6 +16,7 @@ use crate::block::io::BOUNCE_MAX;
 use crate::block::{Node, Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
 use crate::mem::{GuestMap, IoVec, Sg};
+use crate::metrics::{Kind, Stamp};
 use crate::rt::grace::Entry;
 use crate::virtio::blk::{
     self, DISCARD_SECTORS_MAX, DISCARD_SEGMENTS_MAX, HEADER_LEN, Header, SECTOR, SEGMENT_LEN,
@@ -112,6 +113,12 @@ pub struct Slot {
     status: Option<IoVec>,
     /// What the used element says: bytes that may have been written, with the status byte.
     pub used_len: u32,
+    /// What the header asks for.
+    pub kind: Kind,
+    /// The bytes that are read, written or given up, if all goes well.
+    pub len: u64,
+    /// When it was taken.
+    pub since: Stamp,
     /// What the slow lane is doing for it.
     pub doing: Doing,
     /// It failed, and is kept or being tried again.
@@ -151,7 +158,7 @@ impl Slot {
     /// # Errors
     /// A reason, if there is no status byte to answer with.
     pub fn parse(&mut self, disk: &Disk<'_>) -> Result<Action, &'static str> {
-        self.first = 0;
+        (self.first, self.kind, self.len) = (0, Kind::Other, 0);
         let total = bytes(&self.chain.iov);
         self.used_len = u32::try_from(self.chain.writable_len()).unwrap_or(u32::MAX);
         self.status = self.cut_status();
@@ -203,7 +210,16 @@ impl Slot {
         Some(Header::parse(&bytes))
     }
 
-    fn check(&self, header: Header, disk: &Disk<'_>) -> Action {
+    fn check(&mut self, header: Header, disk: &Disk<'_>) -> Action {
+        self.kind = match header.kind {
+            VIRTIO_BLK_T_IN => Kind::Read,
+            VIRTIO_BLK_T_OUT => Kind::Write,
+            VIRTIO_BLK_T_FLUSH => Kind::Flush,
+            VIRTIO_BLK_T_DISCARD => Kind::Discard,
+            VIRTIO_BLK_T_WRITE_ZEROES => Kind::WriteZeroes,
+            VIRTIO_BLK_T_GET_ID => Kind::GetId,
+            _ => Kind::Other,
+        };
         match header.kind {
             VIRTIO_BLK_T_IN => self.check_transfer(header, disk, false),
             VIRTIO_BLK_T_OUT if disk.read_only => Action::Finished(Status::IoErr),
@@ -219,8 +235,9 @@ impl Slot {
         }
     }
 
-    fn check_transfer(&self, header: Header, disk: &Disk<'_>, write: bool) -> Action {
+    fn check_transfer(&mut self, header: Header, disk: &Disk<'_>, write: bool) -> Action {
         let len = bytes(self.data(write));
+        self.len = len;
         match blk::byte_range(header.sector, len, disk.capacity, disk.block) {
             Some(_) if len == 0 => Action::Finished(Status::Ok),
             Some(offset) => Action::Transfer { write, offset },
@@ -228,17 +245,18 @@ impl Slot {
         }
     }
 
-    fn get_id(&self, disk: &Disk<'_>) -> Action {
+    fn get_id(&mut self, disk: &Disk<'_>) -> Action {
         let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
         let n = disk.serial.len().min(id.len());
         id[..n].copy_from_slice(&disk.serial[..n]);
         let to = Sg::new(self.data(false));
         let n = to.len().min(id.len());
         to.slice(0, n).copy_from(&id[..n]);
+        self.len = n as u64;
         Action::Finished(Status::Ok)
     }
 
-    fn check_ranges(&self, disk: &Disk<'_>, zero: bool) -> Action {
+    fn check_ranges(&mut self, disk: &Disk<'_>, zero: bool) -> Action {
         let data = Sg::new(self.data(true));
         let count = data.len() / SEGMENT_LEN;
         if count == 0 || !data.len().is_multiple_of(SEGMENT_LEN) {
@@ -264,6 +282,7 @@ impl Slot {
             s.sectors <= sectors_max
                 && blk::byte_range(s.sector, len, disk.capacity, disk.block).is_some()
         };
+        self.len = segments.iter().map(|s| u64::from(s.sectors) * SECTOR).sum();
         if segments.iter().all(fits) {
             Action::Ranges { zero, segments }
         } else {

@@ -18,6 +18,7 @@ use super::queue::{Queue, Started, from_payload, payload};
 use super::request::Slow;
 use crate::error::Errno;
 use crate::mem::{GuestMap, RingLog, sigbus};
+use crate::metrics::{Stopwatch, WorkerMeter};
 use crate::rt::grace::{Domain, Participant};
 use crate::rt::poll::Policy;
 use crate::rt::{self, Event, Inbox, Installed, Runtime, WaitKind, best_wait_kind};
@@ -66,6 +67,8 @@ struct Worker {
     grace: Participant,
     queues: Vec<Queue>,
     policy: Policy,
+    clock: Stopwatch,
+    meter: Arc<WorkerMeter>,
     /// Of the machine.
     processors: usize,
     events: Vec<Event>,
@@ -84,7 +87,12 @@ struct Worker {
 ///
 /// # Errors
 /// If the thread cannot have a runtime.
-pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<Inbox>, Errno>>) {
+pub fn run(
+    poll_max_ns: u64,
+    grace: &Arc<Domain>,
+    meter: Arc<WorkerMeter>,
+    ready: &SyncSender<Result<Arc<Inbox>, Errno>>,
+) {
     // io_uring may have become unavailable since it was found out (memory limits, the administrator).
     let installed = Runtime::install(best_wait_kind()).or_else(|e| {
         log::warn!("waiting in epoll: {e}");
@@ -104,6 +112,8 @@ pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<
         grace: Participant::new(grace),
         queues: Vec::new(),
         policy: Policy::new(poll_max_ns),
+        clock: Stopwatch::start(),
+        meter,
         processors: crate::sys::processors(),
         events: Vec::with_capacity(1024),
         done: Rc::default(),
@@ -134,10 +144,20 @@ impl Worker {
         progress |= self.run_tasks();
         self.rt.reactor.borrow_mut().flush();
         progress |= self.complete();
+        let mut answered = false;
         for q in &mut self.queues {
-            q.publish();
+            answered |= q.publish();
         }
-        progress | self.obey() | self.retry() | self.settle()
+        if progress || answered {
+            // The one look at the clock: what has been answered ends now, what is taken next begins.
+            self.clock.look();
+            self.queues.iter_mut().for_each(|q| q.end_turn(self.clock.now()));
+        }
+        let orders = self.obey() | self.retry() | self.settle();
+        if orders {
+            self.clock.look();
+        }
+        progress | orders
     }
 
     /// Runs ready tasks, until they have written as much inline as a turn should: a write beyond that would go to a kernel thread,
@@ -168,6 +188,7 @@ impl Worker {
                 full |= room == 0;
                 continue;
             }
+            q.begin_turn(self.clock.now());
             // Only the first request of a thread pays for being seen by others: so it is one for all that come now.
             let all = self.grace.enter();
             for _ in 0..available {
@@ -205,7 +226,16 @@ impl Worker {
         self.rt.collect(&mut self.events);
         let mut progress = false;
         for event in self.events.drain(..) {
-            let Event::Done(token, result) = event else { continue };
+            let (token, result) = match event {
+                Event::Done(token, result) => (token, result),
+                Event::Ready(index) => {
+                    self.queues
+                        .iter()
+                        .filter(|q| u64::from(q.index) == index)
+                        .for_each(Queue::kicked);
+                    continue;
+                }
+            };
             progress = true;
             let (index, head) = from_payload(token);
             if let Some(q) = queue(&mut self.queues, index)
@@ -366,12 +396,15 @@ impl Worker {
     fn idle(&mut self) {
         let in_flight = self.rt.reactor.borrow().in_flight();
         let budget = Duration::from_nanos(self.policy.budget_ns(in_flight));
-        let start = Instant::now();
+        // At the end of the last turn that did something.
+        let start = self.clock.last();
         let mut elapsed = Duration::ZERO;
         while elapsed < budget {
             for _ in 0..8 {
                 if self.has_input() {
-                    self.policy.observe(nanos(start.elapsed()), in_flight, false);
+                    self.meter.poll_hits.add(1);
+                    self.clock.look();
+                    self.policy.observe(nanos(self.clock.last() - start), in_flight, false);
                     return;
                 }
                 std::hint::spin_loop();
@@ -385,6 +418,7 @@ impl Worker {
         self.queues.iter_mut().for_each(|q| q.arm());
         if !self.has_input() {
             let polled = self.queues.iter().any(|q| q.watch.is_none());
+            self.meter.poll_misses.add(1);
             AWAKE.fetch_sub(1, Ordering::Relaxed);
             let retry = self.retry_at.map(|at| at.saturating_duration_since(Instant::now()));
             let pause = polled.then_some(POLLED_RING_PAUSE);
@@ -392,7 +426,8 @@ impl Worker {
             AWAKE.fetch_add(1, Ordering::Relaxed);
         }
         self.queues.iter_mut().for_each(|q| q.disarm());
-        self.policy.observe(nanos(start.elapsed()), in_flight, true);
+        self.clock.look();
+        self.policy.observe(nanos(self.clock.last() - start), in_flight, true);
     }
 
     #[inline]
