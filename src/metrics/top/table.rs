@@ -85,7 +85,7 @@ impl Change<'_> {
         let ios: f64 = ["read", "write"]
             .iter()
             .map(|op| self.of("requests_total", &[("export", export), ("op", op)]))
-            .sum();
+            .fold(0.0, |sum, n| sum + n);
         let missed = self.of("node_l2_cache_misses_total", &node)
             + self.of("node_refcount_cache_misses_total", &node);
         ratio(100.0 * (ios - missed).max(0.0), ios, 1)
