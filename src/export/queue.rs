@@ -73,8 +73,6 @@ pub struct Queue {
     now: Stamp,
     /// This turn's answers.
     done: Done,
-    /// Something has been answered that the guest does not see yet.
-    answered: bool,
 }
 
 /// What became of a request that was taken.
@@ -124,7 +122,6 @@ impl Queue {
             meter,
             now: Stamp::default(),
             done,
-            answered: false,
         }
     }
 
@@ -448,9 +445,7 @@ impl Queue {
         self.ring.log_written(slot.status());
         slot.busy = false;
         self.in_flight -= 1;
-        self.meter.answer(slot.kind, slot.len, status == Status::Ok);
-        self.done.push(slot.kind, slot.since);
-        self.answered = true;
+        self.done.push(slot.kind, slot.since, slot.len, status == Status::Ok);
         if let Some(tracker) = &mut self.tracker {
             tracker.done(head);
         }
@@ -465,7 +460,7 @@ impl Queue {
             Some(tracker) => tracker.publish(&mut self.ring, idle),
             None => self.ring.publish(idle),
         };
-        let answered = std::mem::take(&mut self.answered);
+        let answered = !self.done.is_empty();
         if notify {
             self.notify();
         } else if answered {

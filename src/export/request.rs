@@ -158,7 +158,7 @@ impl Slot {
     /// # Errors
     /// A reason, if there is no status byte to answer with.
     pub fn parse(&mut self, disk: &Disk<'_>) -> Result<Action, &'static str> {
-        (self.first, self.kind, self.len) = (0, Kind::Other, 0);
+        self.first = 0;
         let total = bytes(&self.chain.iov);
         self.used_len = u32::try_from(self.chain.writable_len()).unwrap_or(u32::MAX);
         self.status = self.cut_status();
@@ -173,6 +173,7 @@ impl Slot {
             (None, Some(header)) => Ok(self.check(header, disk)),
             (bad, _) => {
                 self.chain.bad = bad.or(Some("no complete header"));
+                (self.kind, self.len) = (Kind::Other, 0);
                 Ok(Action::Finished(Status::IoErr))
             }
         }
@@ -211,26 +212,33 @@ impl Slot {
     }
 
     fn check(&mut self, header: Header, disk: &Disk<'_>) -> Action {
+        let write = match header.kind {
+            VIRTIO_BLK_T_IN => false,
+            VIRTIO_BLK_T_OUT => true,
+            _ => return self.check_other(header, disk),
+        };
+        self.kind = if write { Kind::Write } else { Kind::Read };
+        match write && disk.read_only {
+            true => Action::Finished(Status::IoErr),
+            false => self.check_transfer(header, disk, write),
+        }
+    }
+
+    fn check_other(&mut self, header: Header, disk: &Disk<'_>) -> Action {
+        self.len = 0;
         self.kind = match header.kind {
-            VIRTIO_BLK_T_IN => Kind::Read,
-            VIRTIO_BLK_T_OUT => Kind::Write,
             VIRTIO_BLK_T_FLUSH => Kind::Flush,
+            VIRTIO_BLK_T_GET_ID => Kind::GetId,
             VIRTIO_BLK_T_DISCARD => Kind::Discard,
             VIRTIO_BLK_T_WRITE_ZEROES => Kind::WriteZeroes,
-            VIRTIO_BLK_T_GET_ID => Kind::GetId,
             _ => Kind::Other,
         };
-        match header.kind {
-            VIRTIO_BLK_T_IN => self.check_transfer(header, disk, false),
-            VIRTIO_BLK_T_OUT if disk.read_only => Action::Finished(Status::IoErr),
-            VIRTIO_BLK_T_OUT => self.check_transfer(header, disk, true),
-            VIRTIO_BLK_T_FLUSH => Action::Flush,
-            VIRTIO_BLK_T_GET_ID => self.get_id(disk),
-            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if disk.read_only => {
-                Action::Finished(Status::IoErr)
-            }
-            VIRTIO_BLK_T_DISCARD => self.check_ranges(disk, false),
-            VIRTIO_BLK_T_WRITE_ZEROES => self.check_ranges(disk, true),
+        match self.kind {
+            Kind::Flush => Action::Flush,
+            Kind::GetId => self.get_id(disk),
+            Kind::Discard | Kind::WriteZeroes if disk.read_only => Action::Finished(Status::IoErr),
+            Kind::Discard => self.check_ranges(disk, false),
+            Kind::WriteZeroes => self.check_ranges(disk, true),
             _ => Action::Finished(Status::Unsupp),
         }
     }

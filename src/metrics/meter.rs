@@ -57,20 +57,6 @@ pub struct QueueMeter {
     pub latency: [Histogram; LATENCIES],
 }
 
-impl QueueMeter {
-    /// A request for `len` bytes has been answered. For the one writer.
-    #[inline]
-    pub fn answer(&self, kind: Kind, len: u64, ok: bool) {
-        let kind = kind as usize;
-        self.requests[kind].add(1);
-        if ok {
-            self.bytes[kind].add(len);
-        } else {
-            self.errors[kind].add(1);
-        }
-    }
-}
-
 /// One worker. It is its writer.
 #[derive(Debug, Default)]
 #[repr(align(128))]
@@ -169,7 +155,6 @@ pub struct Stamp(u64);
 /// A worker's clock, which stands still between two looks at the real one.
 #[derive(Debug)]
 pub struct Stopwatch {
-    zero: Instant,
     last: Instant,
     now: Stamp,
 }
@@ -177,15 +162,15 @@ pub struct Stopwatch {
 impl Stopwatch {
     /// Begins now.
     pub fn start() -> Stopwatch {
-        let zero = Instant::now();
-        Stopwatch { zero, last: zero, now: Stamp(0) }
+        Stopwatch { last: Instant::now(), now: Stamp(0) }
     }
 
     /// Looks at the real clock.
     #[inline]
     pub fn look(&mut self) {
-        self.last = Instant::now();
-        self.now = Stamp(nanos(self.last, self.zero));
+        let before = std::mem::replace(&mut self.last, Instant::now());
+        let passed = self.last - before;
+        self.now.0 += passed.as_secs() * 1_000_000_000 + u64::from(passed.subsec_nanos());
     }
 
     /// When it was looked at last.
@@ -201,48 +186,100 @@ impl Stopwatch {
     }
 }
 
-/// 584 years fit.
-#[inline]
-fn nanos(to: Instant, from: Instant) -> u64 {
-    u64::try_from((to - from).as_nanos()).unwrap_or(u64::MAX)
-}
+/// No moment.
+const NEVER: Stamp = Stamp(u64::MAX);
 
-/// A queue's answers of this turn, whose time ends when the guest sees them. Those that began together are one entry.
-#[derive(Debug, Default)]
-pub struct Done(Vec<(Stamp, [u32; LATENCIES])>);
+/// A queue's answers of this turn, which are counted when it ends: a request costs an addition of its own for each number,
+/// a turn the rest.
+#[derive(Debug)]
+pub struct Done {
+    /// Those of the requests that were taken at `since`; all are, in most turns.
+    since: Stamp,
+    requests: [u32; KINDS.len()],
+    bytes: [u64; KINDS.len()],
+    errors: [u32; KINDS.len()],
+    /// How many were taken at other moments.
+    others: Vec<(Stamp, [u32; LATENCIES])>,
+}
 
 impl Done {
     /// With room for the answers of a ring of `size` entries: more cannot be given in a turn.
     pub fn with_room(size: u16) -> Done {
-        Done(Vec::with_capacity(size.into()))
+        Done {
+            since: NEVER,
+            requests: Default::default(),
+            bytes: Default::default(),
+            errors: Default::default(),
+            others: Vec::with_capacity(size.into()),
+        }
     }
 
-    /// A request that was taken at `since` has been answered.
+    /// Whether there are none.
     #[inline]
-    pub fn push(&mut self, kind: Kind, since: Stamp) {
-        if kind as usize >= LATENCIES {
-            return;
+    pub fn is_empty(&self) -> bool {
+        self.since == NEVER
+    }
+
+    /// A request for `len` bytes that was taken at `since` has been answered.
+    #[inline]
+    pub fn push(&mut self, kind: Kind, since: Stamp, len: u64, ok: bool) {
+        if since != self.since {
+            self.begin(since);
         }
-        match self.0.last_mut() {
-            Some((begin, counts)) if *begin == since => counts[kind as usize] += 1,
-            _ => {
-                let mut counts = [0; LATENCIES];
-                counts[kind as usize] = 1;
-                self.0.push((since, counts));
+        self.requests[kind as usize] += 1;
+        if ok {
+            self.bytes[kind as usize] += len;
+        } else {
+            self.errors[kind as usize] += 1;
+        }
+    }
+
+    /// What comes was taken at `since`.
+    #[cold]
+    fn begin(&mut self, since: Stamp) {
+        if !self.is_empty() {
+            let mut counts = [0; LATENCIES];
+            counts.copy_from_slice(&self.requests[..LATENCIES]);
+            // Counted are those that no earlier entry has.
+            for (_, before) in &self.others {
+                counts.iter_mut().zip(before).for_each(|(n, before)| *n -= before);
             }
+            self.others.push((self.since, counts));
         }
+        self.since = since;
     }
 
     /// The turn has ended, at `now`.
     #[inline]
     pub fn record(&mut self, now: Stamp, to: &QueueMeter) {
-        for (since, counts) in self.0.drain(..) {
-            for (n, histogram) in counts.into_iter().zip(&to.latency) {
-                if n != 0 {
-                    histogram.record(now.0 - since.0, n.into());
+        if !self.is_empty() {
+            self.record_all(now, to);
+        }
+    }
+
+    fn record_all(&mut self, now: Stamp, to: &QueueMeter) {
+        for kind in 0..KINDS.len() {
+            let n = std::mem::take(&mut self.requests[kind]);
+            if n == 0 {
+                continue;
+            }
+            to.requests[kind].add(n.into());
+            to.bytes[kind].add(std::mem::take(&mut self.bytes[kind]));
+            to.errors[kind].add(std::mem::take(&mut self.errors[kind]).into());
+            let Some(histogram) = to.latency.get(kind) else { continue };
+            let mut rest = n;
+            for (since, counts) in &self.others {
+                if counts[kind] != 0 {
+                    rest -= counts[kind];
+                    histogram.record(now.0 - since.0, counts[kind].into());
                 }
             }
+            if rest != 0 {
+                histogram.record(now.0 - self.since.0, rest.into());
+            }
         }
+        self.others.clear();
+        self.since = NEVER;
     }
 }
 
@@ -253,17 +290,32 @@ mod tests {
     #[test]
     fn answers_of_a_turn_end_with_it() {
         let (mut done, meter) = (Done::with_room(4), QueueMeter::default());
-        for (kind, since) in
-            [(Kind::Read, 1000), (Kind::Read, 1000), (Kind::Write, 500), (Kind::GetId, 0)]
-        {
-            done.push(kind, Stamp(since));
+        assert!(done.is_empty());
+        for (kind, since, ok) in [
+            (Kind::Read, 1000, true),
+            (Kind::Read, 1000, false),
+            (Kind::Write, 500, true),
+            (Kind::Read, 100, true),
+            (Kind::GetId, 100, true),
+            (Kind::Read, 1000, true),
+        ] {
+            done.push(kind, Stamp(since), 10, ok);
         }
+        assert!(!done.is_empty());
         done.record(Stamp(1200), &meter);
+        assert!(done.is_empty());
         done.record(Stamp(9999), &meter);
         let of = |kind: Kind| meter.latency[kind as usize].read();
-        assert_eq!((of(Kind::Read).0[0], of(Kind::Read).1), (2, 400));
+        assert_eq!((of(Kind::Read).0[0], of(Kind::Read).1), (3, 3 * 200 + 1100));
         assert_eq!((of(Kind::Write).0[3], of(Kind::Write).1), (1, 700));
         assert_eq!(of(Kind::Flush).1, 0);
+        let all = |counters: &[Counter; KINDS.len()]| counters.each_ref().map(Counter::get);
+        assert_eq!(all(&meter.requests), [4, 1, 0, 0, 0, 1, 0]);
+        assert_eq!(all(&meter.bytes), [30, 10, 0, 0, 0, 10, 0]);
+        assert_eq!(all(&meter.errors), [1, 0, 0, 0, 0, 0, 0]);
+        done.push(Kind::Flush, Stamp(1200), 0, true);
+        done.record(Stamp(1201), &meter);
+        assert_eq!(of(Kind::Flush).1, 1);
     }
 
     #[test]

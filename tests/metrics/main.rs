@@ -67,12 +67,13 @@ fn scrape(path: &Path) -> Scrape {
     Scrape::parse(body)
 }
 
-/// A scrape when the workers have nothing left to do and to count.
-fn settled(path: &Path, answers: f64) -> Scrape {
+/// A scrape when the workers have counted `answers`, of which `timed` have a latency: they count when a turn ends.
+fn settled(path: &Path, answers: f64, timed: f64) -> Scrape {
     let mut last = None;
     eventually("all is counted", || {
         let scrape = scrape(path);
-        let done = scrape.sum("request_latency_seconds_count", "") == answers
+        let done = scrape.sum("requests_total", "") == answers
+            && scrape.sum("request_latency_seconds_count", "") == timed
             && scrape.sum("in_flight_requests", "") == 0.0;
         last = Some(scrape);
         done

@@ -104,7 +104,7 @@ fn scraped_while_a_guest_works() {
         end.store(true, Ordering::Relaxed);
         worker.join().unwrap()
     });
-    let scrape = settled(&path, sent.into());
+    let scrape = settled(&path, sent.into(), sent.into());
     assert_eq!(scrape.sum("requests_total", ""), f64::from(sent));
     assert_eq!(scrape.sum("request_bytes_total", ""), f64::from(sent) * 512.0);
     drop(client);
@@ -120,7 +120,7 @@ fn a_successor_goes_on_with_the_socket() {
         for _ in 0..round {
             client.queue(0).read(0, &mut [0; 512]).unwrap();
         }
-        let scrape = settled(&place.path("m"), round.into());
+        let scrape = settled(&place.path("m"), round.into(), round.into());
         assert_eq!(scrape.sum("requests_total", "op=\"read\""), f64::from(round));
         place.take_over();
     }
