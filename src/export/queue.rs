@@ -440,12 +440,12 @@ impl Queue {
     #[inline]
     fn finish(&mut self, head: u16, status: Status) {
         let slot = &mut self.slots[usize::from(head)];
+        self.done.push(slot.kind, slot.since, slot.len, status == Status::Ok);
         slot.answer(status);
         self.ring.log_written(slot.data(false));
         self.ring.log_written(slot.status());
         slot.busy = false;
         self.in_flight -= 1;
-        self.done.push(slot.kind, slot.since, slot.len, status == Status::Ok);
         if let Some(tracker) = &mut self.tracker {
             tracker.done(head);
         }

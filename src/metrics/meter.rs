@@ -85,7 +85,7 @@ pub struct NodeMeter {
     pub node: String,
     /// Its driver.
     pub driver: &'static str,
-    /// Look-ups of the slow lane that found their L2 slice in memory.
+    /// Look-ups for reads of the slow lane that found their L2 slice in memory.
     pub l2_hits: Shared,
     /// Look-ups that read it.
     pub l2_misses: Shared,
@@ -230,8 +230,13 @@ impl Done {
         if ok {
             self.bytes[kind as usize] += len;
         } else {
-            self.errors[kind as usize] += 1;
+            self.failed(kind);
         }
+    }
+
+    #[cold]
+    fn failed(&mut self, kind: Kind) {
+        self.errors[kind as usize] += 1;
     }
 
     /// What comes was taken at `since`.

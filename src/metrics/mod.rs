@@ -6,10 +6,11 @@
 //!   export ─── ExportMeter ───────────────────────────────┘   (Weak)     OpenMetrics 1.0 over HTTP
 //! ```
 //!
-//! **What counting costs.** A worker's counters have one writer, itself, and lie in cache lines of its own: an addition is a plain
-//! load and a plain store. A reader loads them one by one, and disturbs nobody beyond fetching the line; what it sees is therefore
-//! each counter at a moment of its own, never going back. The clock is read once in a turn of the loop that did something, never for
-//! a request.
+//! **What counting costs.** An answer costs two additions in the worker's own memory ([`Done`]); when the turn ends they go to the
+//! counters that others may read. Those have one writer, the worker, and lie in cache lines of its own: an addition is a plain load
+//! and a plain store. A reader loads them one by one, and disturbs nobody beyond fetching the line; what it sees is therefore each
+//! counter at a moment of its own, never going back, and at most a turn behind. The clock is read once in a turn of the loop that did
+//! something, never for a request; the idle loop begins with that reading instead of its own.
 //!
 //! **How exact the latency is.** A request's time begins with the turn that takes it from the ring, and ends with the turn that
 //! shows its answer to the guest: both read at the end of a turn of the worker's loop (or of its idle time), so it is never

@@ -219,7 +219,7 @@ fn caches(text: &mut Text, nodes: &[std::sync::Arc<NodeMeter>]) {
         (
             "node_l2_cache_hits",
             Type::Counter,
-            "Look-ups of the slow lane that found the L2 slice in memory; a request of the fast lane is a hit that is not counted here.",
+            "Look-ups for reads of the slow lane that found the L2 slice in memory; a request of the fast lane is a hit that is not counted here.",
             |n| n.l2_hits.get(),
         ),
         (
