@@ -9,6 +9,7 @@ mod openmetrics;
 #[path = "../takeover/place.rs"]
 #[allow(dead_code, reason = "its other users need more")]
 mod place;
+mod prometheus;
 mod serving;
 mod top;
 
