@@ -64,14 +64,28 @@ fn other_hosts_and_files_are_refused() {
         ("precious", "exists and is not a socket"),
         ("", "expected PATH"),
     ] {
-        let mut command = Command::new(PROGRAM);
-        command.current_dir(dir.path()).args([NULL, EXPORT]).arg(format!("--metrics={address}"));
+        // It ends by itself; if not, it is ended.
+        let mut command = Command::new("timeout");
+        command
+            .args(["20", PROGRAM])
+            .current_dir(dir.path())
+            .args([NULL, EXPORT])
+            .arg(format!("--metrics={address}"));
         let output = command.stdin(Stdio::null()).output().unwrap();
         let errors = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{address}");
         assert!(errors.contains(why) && errors.contains("--metrics="), "{errors}");
     }
     assert_eq!(fs::read(dir.path().join("precious")).unwrap(), b"x");
+}
+
+/// Ends a loop when it is dropped.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 #[test]
@@ -93,6 +107,8 @@ fn scraped_while_a_guest_works() {
             }
             sent
         });
+        // Also if this thread fails: nobody waits for a guest that never ends.
+        let _ends = Ends(&end);
         let mut last = 0.0;
         for _ in 0..200 {
             let scrape = scrape(&path);
