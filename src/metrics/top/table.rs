@@ -173,7 +173,7 @@ mod tests {
         let line: Vec<_> = text.lines().nth(1).unwrap().split_whitespace().collect();
         assert_eq!(
             line,
-            ["e", "0", "1000", "4.1", "556ns", "1.9us", "0", "-", "0.250", "-", "90.0", "0"]
+            ["e", "0", "1000", "4.1", "556ns", "1.9us", "0", "-", "0.250", "0.000", "90.0", "0"]
         );
     }
 
