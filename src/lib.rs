@@ -34,6 +34,7 @@
 //! # Modules, from below
 //!
 //! * [`error`]: QEMU's sentences for people, kernel numbers for requests.
+//! * [`metrics`]: counters of all of these, and the socket at which they are served.
 //! * [`mem`]: the guest's memory map and scatter lists. Memory that others write is copied or handed to the kernel, never
 //!   borrowed as a slice.
 //! * [`rt`]: the runtime of an I/O thread: reactor, executor, mailbox, timers, polling policy. Our own, because operations on
@@ -100,6 +101,7 @@ pub mod cli;
 pub mod error;
 pub mod export;
 pub mod mem;
+pub mod metrics;
 pub mod qapi;
 pub mod rt;
 pub mod sandbox;

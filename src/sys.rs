@@ -337,9 +337,25 @@ pub fn wait_readable(
     fds: &[BorrowedFd<'_>],
     deadline: Option<Instant>,
 ) -> io::Result<Option<usize>> {
+    let fds: Vec<_> = fds.iter().map(|fd| (*fd, false)).collect();
+    wait_ready(&fds, deadline)
+}
+
+/// The same for descriptors that have input, or, with `true`, room for output.
+///
+/// # Errors
+/// What the kernel says.
+pub fn wait_ready(
+    fds: &[(BorrowedFd<'_>, bool)],
+    deadline: Option<Instant>,
+) -> io::Result<Option<usize>> {
     let mut polled: Vec<_> = fds
         .iter()
-        .map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 })
+        .map(|(fd, output)| libc::pollfd {
+            fd: fd.as_raw_fd(),
+            events: if *output { libc::POLLOUT } else { libc::POLLIN },
+            revents: 0,
+        })
         .collect();
     let count = libc::nfds_t::try_from(polled.len()).expect("a handful");
     loop {

@@ -20,6 +20,7 @@ use super::upkeep::Upkeep;
 use super::{drivers, open};
 use crate::err;
 use crate::error::{Error, Result};
+use crate::metrics::Registry;
 use crate::qapi::Options;
 use crate::rt::{self, grace};
 
@@ -46,6 +47,7 @@ pub struct Graph {
     strict_formats: AtomicBool,
     grace: Arc<grace::Domain>,
     upkeep: Arc<Upkeep>,
+    meters: Arc<Registry>,
     state_dir: OnceLock<PathBuf>,
     /// Milliseconds.
     lock_patience: AtomicU64,
@@ -123,6 +125,7 @@ impl Graph {
             strict_formats: AtomicBool::new(false),
             grace: Arc::default(),
             upkeep: Arc::default(),
+            meters: Arc::default(),
             state_dir: OnceLock::new(),
             lock_patience: AtomicU64::new(0),
             state: Mutex::default(),
@@ -173,6 +176,11 @@ impl Graph {
     /// What must happen some time later. It ends with the graph.
     pub fn upkeep(&self) -> &Arc<Upkeep> {
         &self.upkeep
+    }
+
+    /// What its nodes, and their exports, count.
+    pub fn meters(&self) -> &Arc<Registry> {
+        &self.meters
     }
 
     /// Defines a node and, inline, its children: what `--blockdev` does. The node lives until [`Graph::close`].

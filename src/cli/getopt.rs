@@ -68,6 +68,8 @@ pub enum Opt {
     Control,
     /// `--take-over`
     TakeOver,
+    /// `--metrics`
+    Metrics,
 }
 
 /// Whether an option has an argument.
@@ -130,6 +132,7 @@ static OURS: &[Spec] = &[
     spec("group", Opt::Group, Argument::Required),
     spec("control", Opt::Control, Argument::Required),
     spec("take-over", Opt::TakeOver, Argument::Required),
+    spec("metrics", Opt::Metrics, Argument::Required),
 ];
 
 /// One option as it stands on the command line.

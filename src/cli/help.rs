@@ -23,6 +23,7 @@ pub const CAPABILITIES: &str = r#"{
 /// The help.
 pub const HELP: &str = r#"Usage: vhost-user-blk [options]
        vhost-user-blk check [-r leaks|all] [options] IMAGE      (see check --help)
+       vhost-user-blk top --metrics ADDRESS [options]           (see top --help)
 Serves disk images to virtual machines over vhost-user. Takes the command line of
 qemu-storage-daemon, processed in order; long options may have one dash or two.
 
@@ -95,6 +96,10 @@ More:
                          it serves, with its command line (besides --daemonize and
                          --log-level nothing else may be given); guests see a pause.
                          It ends when all is taken over; if that fails, it goes on
+  --metrics=<path>|unix:<path>|<host>:<port>
+                         serve counters here as OpenMetrics text over HTTP: a socket of
+                         mode 0600, or a port of the loopback interface; for Prometheus,
+                         and for vhost-user-blk top
   --user=<name|number>, --group=<name|number>
                          become these once all is set up; sockets and pidfile are theirs
   --sandbox=on|off       give up every privilege, system call and file that serving

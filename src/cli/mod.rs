@@ -19,6 +19,7 @@ pub mod getopt;
 pub mod help;
 pub mod listen;
 mod logging;
+mod metrics;
 pub mod objects;
 pub mod plan;
 pub mod session;
@@ -33,11 +34,13 @@ use std::process::ExitCode;
 
 use daemon::{Background, Manager, Pidfile, Side};
 use help::PROGRAM;
+use metrics::Metrics;
 use plan::{Plan, Settings};
 use session::{Next, Session};
 
 use crate::err;
 use crate::error::{Error, Result};
+use crate::metrics::top;
 use crate::sandbox::{Allow, privileges};
 use crate::sys::{self, Signals};
 use takeover::Control;
@@ -68,6 +71,11 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
         && first == check::COMMAND
     {
         return Ok(check::main(rest));
+    }
+    if let Some((first, rest)) = args.split_first()
+        && first == top::COMMAND
+    {
+        return top::main(rest);
     }
     let settings = match Plan::read(&args)? {
         Plan::Print(text) => return print(&text),
@@ -136,6 +144,7 @@ fn run(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
 #[derive(Default)]
 struct Names {
     control: Option<Control>,
+    metrics: Option<Metrics>,
     pidfile: Option<Pidfile>,
 }
 
@@ -143,6 +152,7 @@ impl Names {
     /// Gives them to another user and group, as far as they are given.
     fn give_to(&self, numbers: (Option<u32>, Option<u32>)) -> Result<()> {
         self.control.as_ref().map(|control| control.place.give_to(numbers)).transpose()?;
+        self.metrics.as_ref().map(|metrics| metrics.give_to(numbers)).transpose()?;
         self.pidfile.as_ref().map(|file| file.give_to(numbers)).transpose()?;
         Ok(())
     }
@@ -150,14 +160,18 @@ impl Names {
     /// The directories they are in.
     fn dirs(&self) -> Vec<PathBuf> {
         let control = self.control.as_ref().and_then(|control| control.place.dir());
+        let metrics = self.metrics.as_ref().and_then(Metrics::dir);
         let pidfile = self.pidfile.as_ref().and_then(Pidfile::dir);
-        control.into_iter().chain(pidfile).map(Path::to_path_buf).collect()
+        control.into_iter().chain(metrics).chain(pidfile).map(Path::to_path_buf).collect()
     }
 
     /// A successor has them.
     fn leave(&mut self) {
         if let Some(control) = &mut self.control {
             control.leave();
+        }
+        if let Some(metrics) = &mut self.metrics {
+            metrics.leave();
         }
         if let Some(pidfile) = &mut self.pidfile {
             pidfile.leave();
@@ -205,6 +219,11 @@ fn begin(
         confine(session, settings, takeover.dirs())?;
         let inherited = takeover.take(session, settings, signals.as_fd())?;
         (names.control, names.pidfile) = (Some(inherited.control), inherited.pidfile);
+        names.metrics = inherited.metrics;
+        // Guests are served already.
+        if let Some(Err(e)) = names.metrics.as_ref().map(|metrics| metrics.serve(&session.graph)) {
+            log::error!("{e}");
+        }
         if let Some(Err(e)) = names.pidfile.as_mut().map(Pidfile::fill) {
             log::error!("{e}");
         }
@@ -214,6 +233,7 @@ fn begin(
     names.pidfile = settings.pidfile.as_deref().map(Pidfile::lock).transpose()?;
     let control = settings.control.as_deref().map(|path| Control::listen(path, &settings.args));
     names.control = control.transpose().map_err(|e| e.prepend("--control: "))?;
+    names.metrics = settings.metrics.as_ref().map(Metrics::listen).transpose()?;
     let numbers = settings.identity.numbers();
     if numbers != (None, None) {
         session.give_to(numbers)?;
@@ -221,9 +241,11 @@ fn begin(
     }
     session.publish()?;
     names.control.as_mut().map(Control::publish).transpose()?;
+    names.metrics.as_mut().map(Metrics::publish).transpose()?;
     names.pidfile.as_mut().map(Pidfile::fill).transpose()?;
     confine(session, settings, names.dirs())?;
     session.serve()?;
+    names.metrics.as_ref().map(|metrics| metrics.serve(&session.graph)).transpose()?;
     Ok(Next::Serve)
 }
 
@@ -267,7 +289,8 @@ fn serve(
             session.look_at_storage();
             continue;
         };
-        match predecessor::attend(control, session, (names.pidfile.as_ref(), &manager), signals) {
+        let names = (control, names.metrics.as_ref(), names.pidfile.as_ref(), &manager);
+        match predecessor::attend(names, session, signals) {
             Outcome::Serving => {}
             Outcome::HandedOver(pid) => {
                 manager.notify(&format!("MAINPID={pid}"));

@@ -9,6 +9,7 @@ use super::help;
 use crate::block::print::Format;
 use crate::err;
 use crate::error::{Errno, Result};
+use crate::metrics::address::Address;
 use crate::sandbox::privileges::Identity;
 
 /// What the program is to do.
@@ -34,6 +35,8 @@ pub struct Settings {
     pub state_dir: Option<String>,
     /// Where successors ask.
     pub control: Option<String>,
+    /// Where metrics are served.
+    pub metrics: Option<Address>,
     /// Where the predecessor listens.
     pub take_over: Option<String>,
     /// What is logged, in env_logger's language.
@@ -108,6 +111,7 @@ impl Settings {
             Some(Opt::Pidfile) => self.pidfile = value(),
             Some(Opt::Control) => self.control = value(),
             Some(Opt::TakeOver) => self.take_over = value(),
+            Some(Opt::Metrics) => self.metrics = Some(Address::parse(item.argument())?),
             Some(Opt::LogLevel) => {
                 check_log_level(item.argument())?;
                 self.log_level = value();

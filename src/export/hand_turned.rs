@@ -26,7 +26,8 @@ impl HandTurned {
     /// If the thread drives a runtime already.
     pub fn new(export: &Export, kind: WaitKind, setup: QueueSetup) -> Result<HandTurned, Errno> {
         let queue = export.make_queue(0, setup)?;
-        let mut worker = Worker::new(Runtime::install(kind)?, 0, export.activation.graph().grace());
+        let (grace, meter) = (export.activation.graph().grace(), export.shared.meter.worker(0));
+        let mut worker = Worker::new(Runtime::install(kind)?, 0, grace, meter);
         let (done, _) = sync_channel(1);
         worker.command(Command::Start(queue, done));
         Ok(HandTurned { worker })

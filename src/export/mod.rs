@@ -17,6 +17,7 @@ use crate::block::graph::RootUser;
 use crate::block::{Graph, Node, Op, Opener};
 use crate::error::{Errno, Result};
 use crate::mem::{GuestMap, RingLog};
+use crate::metrics::ExportMeter;
 use crate::rt::{self, Inbox, Mail};
 use crate::sandbox::{self, Thread};
 use crate::vhost_user::{Device, QueueSetup};
@@ -86,6 +87,7 @@ struct Shared {
     reports: Mutex<Reports>,
     /// Queues that keep requests which failed.
     holding: AtomicU32,
+    meter: Arc<ExportMeter>,
 }
 
 impl Shared {
@@ -213,6 +215,10 @@ impl Export {
             queue_size: config.queue_size,
             limits: node.driver().limits(),
         };
+        let threads = config.threads.clamp(1, usize::from(config.num_queues));
+        let queues = usize::from(config.num_queues);
+        let meter = Arc::new(ExportMeter::new(&config.id, node.name(), queues, threads));
+        activation.graph().meters().add_export(&meter);
         let shared = Arc::new(Shared {
             id: config.id,
             node: node.name().to_owned(),
@@ -223,8 +229,8 @@ impl Export {
             on_error: config.on_error,
             reports: Mutex::default(),
             holding: AtomicU32::new(0),
+            meter,
         });
-        let threads = config.threads.clamp(1, usize::from(config.num_queues));
         let state = State {
             workers: (0..threads).map(|_| None).collect(),
             running: vec![false; config.num_queues.into()],
@@ -350,10 +356,11 @@ impl Export {
     fn spawn_worker(&self, at: usize) -> std::result::Result<Worker, Errno> {
         let (ready, wait) = sync_channel(1);
         let (poll_max_ns, grace) = (self.poll_max_ns, Arc::clone(self.activation.graph().grace()));
+        let meter = self.shared.meter.worker(at);
         let thread = std::thread::Builder::new().name(format!("blk-{}-{at}", self.id())).spawn(
             move || {
                 sandbox::thread(Thread::Worker);
-                worker::run(poll_max_ns, &grace, &ready);
+                worker::run(poll_max_ns, &grace, meter, &ready);
             },
         )?;
         let inbox = wait.recv().map_err(|_| Errno::EIO)??;

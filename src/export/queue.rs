@@ -14,6 +14,7 @@ use crate::block::io::aligned_for;
 use crate::block::{Dir, Map, Node};
 use crate::error::Errno;
 use crate::mem::{GuestMap, RingLog, Sg};
+use crate::metrics::{Done, QueueMeter, Stamp};
 use crate::rt::grace::Participant;
 use crate::rt::{IOV_MAX, Reactor, Rw};
 use crate::virtio::blk::Status;
@@ -77,6 +78,11 @@ pub struct Queue {
     write_through: bool,
     /// Requests, at most, that may have been made for another process: they were there when the ring started.
     backlog: u16,
+    meter: Arc<QueueMeter>,
+    /// When this turn began.
+    now: Stamp,
+    /// This turn's answers.
+    done: Done,
 }
 
 /// What became of a request that was taken.
@@ -103,6 +109,7 @@ impl Queue {
         // What is wrong with the ring shows when requests are taken.
         let backlog = ring.available().unwrap_or(0);
         let [kick, call, err] = fds;
+        let (meter, done) = (shared.meter.queue(index), Done::with_room(ring.size()));
         Queue {
             index,
             shared,
@@ -122,6 +129,9 @@ impl Queue {
             cancelled: Arc::default(),
             write_through,
             backlog,
+            meter,
+            now: Stamp::default(),
+            done,
         }
     }
 
@@ -215,6 +225,7 @@ impl Queue {
         };
         let action = slot.parse(&disk).map_err(Broken)?;
         slot.busy = true;
+        slot.since = self.now;
         self.in_flight += 1;
         if again.is_none()
             && let Some(tracker) = &mut self.tracker
@@ -289,6 +300,7 @@ impl Queue {
     }
 
     fn slow(&mut self, head: u16, action: Action) -> Slow {
+        self.meter.slow.add(1);
         let slot = &mut self.slots[usize::from(head)];
         let write = matches!(action, Action::Transfer { write: true, .. });
         let iov = match action {
@@ -444,6 +456,7 @@ impl Queue {
     #[inline]
     fn finish(&mut self, head: u16, status: Status) {
         let slot = &mut self.slots[usize::from(head)];
+        self.done.push(slot.kind, slot.since, slot.len, status == Status::Ok);
         slot.answer(status);
         self.ring.log_written(slot.data(false));
         self.ring.log_written(slot.status());
@@ -455,17 +468,39 @@ impl Queue {
         self.ring.push_used(head, slot.used_len);
     }
 
-    /// Shows the guest what is done, and notifies it if it wants that.
+    /// Shows the guest what is done, and notifies it if it wants that. Whether there was anything.
     #[inline]
-    pub fn publish(&mut self) {
+    pub fn publish(&mut self) -> bool {
         let idle = self.in_flight == 0;
         let notify = match &mut self.tracker {
             Some(tracker) => tracker.publish(&mut self.ring, idle),
             None => self.ring.publish(idle),
         };
+        let answered = !self.done.is_empty();
         if notify {
             self.notify();
+        } else if answered {
+            self.meter.suppressed.add(1);
         }
+        answered
+    }
+
+    /// What is taken from now on is taken at `now`.
+    #[inline]
+    pub fn begin_turn(&mut self, now: Stamp) {
+        self.now = now;
+    }
+
+    /// What has been answered ends at `now`.
+    #[inline]
+    pub fn end_turn(&mut self, now: Stamp) {
+        self.done.record(now, &self.meter);
+        self.meter.in_flight.set(self.in_flight.into());
+    }
+
+    /// The guest's kick was noticed.
+    pub fn kicked(&self) {
+        self.meter.kicks.add(1);
     }
 
     /// At the start: a predecessor may have been killed between showing the guest what is done and notifying it.
@@ -478,6 +513,7 @@ impl Queue {
     fn notify(&self) {
         if let Some(call) = &self.call {
             signal(call);
+            self.meter.calls.add(1);
         }
     }
 
@@ -485,6 +521,7 @@ impl Queue {
     pub fn leave(&mut self) {
         self.ring.arm_kick();
         self.publish();
+        self.end_turn(self.now);
     }
 
     /// Asks for kicks, before the worker sleeps.

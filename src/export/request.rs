@@ -16,6 +16,7 @@ use crate::block::io::BOUNCE_MAX;
 use crate::block::{Node, Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
 use crate::mem::{GuestMap, IoVec, Sg};
+use crate::metrics::{Kind, Stamp};
 use crate::rt::grace::Entry;
 use crate::virtio::blk::{
     self, DISCARD_SECTORS_MAX, DISCARD_SEGMENTS_MAX, HEADER_LEN, Header, SECTOR, SEGMENT_LEN,
@@ -112,6 +113,12 @@ pub struct Slot {
     status: Option<IoVec>,
     /// What the used element says: bytes that may have been written, with the status byte.
     pub used_len: u32,
+    /// What the header asks for.
+    pub kind: Kind,
+    /// The bytes that are read, written or given up, if all goes well.
+    pub len: u64,
+    /// When it was taken.
+    pub since: Stamp,
     /// What the slow lane is doing for it.
     pub doing: Doing,
     /// It failed, and is kept or being tried again.
@@ -172,6 +179,7 @@ impl Slot {
             (None, Some(header)) => Ok(self.check(header, disk)),
             (bad, _) => {
                 self.chain.bad = bad.or(Some("no complete header"));
+                (self.kind, self.len) = (Kind::Other, 0);
                 Ok(Action::Finished(Status::IoErr))
             }
         }
@@ -226,24 +234,42 @@ impl Slot {
     }
 
     #[inline]
-    fn check(&self, header: Header, disk: &Disk<'_>) -> Action {
-        match header.kind {
-            VIRTIO_BLK_T_IN => self.check_transfer(header, disk, false),
-            VIRTIO_BLK_T_OUT if disk.read_only => Action::Finished(Status::IoErr),
-            VIRTIO_BLK_T_OUT => self.check_transfer(header, disk, true),
-            VIRTIO_BLK_T_FLUSH => Action::Flush,
-            VIRTIO_BLK_T_GET_ID => self.get_id(disk),
-            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if disk.read_only => {
-                Action::Finished(Status::IoErr)
-            }
-            VIRTIO_BLK_T_DISCARD => self.check_ranges(disk, false),
-            VIRTIO_BLK_T_WRITE_ZEROES => self.check_ranges(disk, true),
+    fn check(&mut self, header: Header, disk: &Disk<'_>) -> Action {
+        let write = match header.kind {
+            VIRTIO_BLK_T_IN => false,
+            VIRTIO_BLK_T_OUT => true,
+            _ => return self.check_other(header, disk),
+        };
+        self.kind = if write { Kind::Write } else { Kind::Read };
+        match write && disk.read_only {
+            true => Action::Finished(Status::IoErr),
+            false => self.check_transfer(header, disk, write),
+        }
+    }
+
+    #[cold]
+    fn check_other(&mut self, header: Header, disk: &Disk<'_>) -> Action {
+        self.len = 0;
+        self.kind = match header.kind {
+            VIRTIO_BLK_T_FLUSH => Kind::Flush,
+            VIRTIO_BLK_T_GET_ID => Kind::GetId,
+            VIRTIO_BLK_T_DISCARD => Kind::Discard,
+            VIRTIO_BLK_T_WRITE_ZEROES => Kind::WriteZeroes,
+            _ => Kind::Other,
+        };
+        match self.kind {
+            Kind::Flush => Action::Flush,
+            Kind::GetId => self.get_id(disk),
+            Kind::Discard | Kind::WriteZeroes if disk.read_only => Action::Finished(Status::IoErr),
+            Kind::Discard => self.check_ranges(disk, false),
+            Kind::WriteZeroes => self.check_ranges(disk, true),
             _ => Action::Finished(Status::Unsupp),
         }
     }
 
-    fn check_transfer(&self, header: Header, disk: &Disk<'_>, write: bool) -> Action {
+    fn check_transfer(&mut self, header: Header, disk: &Disk<'_>, write: bool) -> Action {
         let len = self.data_len(write);
+        self.len = len;
         match blk::byte_range(header.sector, len, disk.capacity, disk.block) {
             Some(_) if len == 0 => Action::Finished(Status::Ok),
             Some(offset) => Action::Transfer { write, offset },
@@ -251,19 +277,18 @@ impl Slot {
         }
     }
 
-    #[cold]
-    fn get_id(&self, disk: &Disk<'_>) -> Action {
+    fn get_id(&mut self, disk: &Disk<'_>) -> Action {
         let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
         let n = disk.serial.len().min(id.len());
         id[..n].copy_from_slice(&disk.serial[..n]);
         let to = Sg::new(self.data(false));
         let n = to.len().min(id.len());
         to.slice(0, n).copy_from(&id[..n]);
+        self.len = n as u64;
         Action::Finished(Status::Ok)
     }
 
-    #[cold]
-    fn check_ranges(&self, disk: &Disk<'_>, zero: bool) -> Action {
+    fn check_ranges(&mut self, disk: &Disk<'_>, zero: bool) -> Action {
         let data = Sg::new(self.data(true));
         let count = data.len() / SEGMENT_LEN;
         if count == 0 || !data.len().is_multiple_of(SEGMENT_LEN) {
@@ -289,6 +314,7 @@ impl Slot {
             s.sectors <= sectors_max
                 && blk::byte_range(s.sector, len, disk.capacity, disk.block).is_some()
         };
+        self.len = segments.iter().map(|s| u64::from(s.sectors) * SECTOR).sum();
         if segments.iter().all(fits) {
             Action::Ranges { zero, segments }
         } else {

@@ -18,6 +18,7 @@ use super::queue::{Queue, Started, Stop, from_payload, payload};
 use super::request::Slow;
 use crate::error::Errno;
 use crate::mem::{GuestMap, RingLog, sigbus};
+use crate::metrics::{Stopwatch, WorkerMeter};
 use crate::rt::grace::{Domain, Participant};
 use crate::rt::poll::Policy;
 use crate::rt::{self, Event, Inbox, Installed, Runtime, WaitKind, best_wait_kind};
@@ -70,6 +71,8 @@ struct Worker {
     policy: Policy,
     /// When the last idle gap ended.
     busy_since: Instant,
+    clock: Stopwatch,
+    meter: Arc<WorkerMeter>,
     /// Of the machine.
     processors: usize,
     events: Vec<Event>,
@@ -88,7 +91,12 @@ struct Worker {
 ///
 /// # Errors
 /// If the thread cannot have a runtime.
-pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<Inbox>, Errno>>) {
+pub fn run(
+    poll_max_ns: u64,
+    grace: &Arc<Domain>,
+    meter: Arc<WorkerMeter>,
+    ready: &SyncSender<Result<Arc<Inbox>, Errno>>,
+) {
     // io_uring may have become unavailable since it was found out (memory limits, the administrator).
     let installed = Runtime::install(best_wait_kind()).or_else(|e| {
         log::warn!("waiting in epoll: {e}");
@@ -103,7 +111,7 @@ pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<
         }
     };
     ready.send(Ok(Arc::clone(rt.inbox()))).unwrap_or_default();
-    let mut worker = Worker::new(rt, poll_max_ns, grace);
+    let mut worker = Worker::new(rt, poll_max_ns, grace, meter);
     AWAKE.fetch_add(1, Ordering::Relaxed);
     while !worker.quit {
         if !worker.turn() {
@@ -115,13 +123,21 @@ pub fn run(poll_max_ns: u64, grace: &Arc<Domain>, ready: &SyncSender<Result<Arc<
 
 impl Worker {
     /// A worker of the calling thread, without queues.
-    fn new(rt: Installed, poll_max_ns: u64, grace: &Arc<Domain>) -> Worker {
+    fn new(
+        rt: Installed,
+        poll_max_ns: u64,
+        grace: &Arc<Domain>,
+        meter: Arc<WorkerMeter>,
+    ) -> Worker {
+        let clock = Stopwatch::start();
         Worker {
             rt,
             grace: Participant::new(grace),
             queues: Vec::new(),
             policy: Policy::new(poll_max_ns),
-            busy_since: Instant::now(),
+            busy_since: clock.last(),
+            clock,
+            meter,
             processors: crate::sys::processors(),
             events: Vec::with_capacity(1024),
             done: Rc::default(),
@@ -144,10 +160,20 @@ impl Worker {
         progress |= self.run_tasks();
         self.rt.reactor.borrow_mut().flush();
         progress |= self.complete();
+        let mut answered = false;
         for q in &mut self.queues {
-            q.publish();
+            answered |= q.publish();
         }
-        progress | self.obey() | self.retry() | self.settle()
+        if progress || answered {
+            // The one look at the clock: what has been answered ends now, what is taken next begins.
+            self.clock.look();
+            self.queues.iter_mut().for_each(|q| q.end_turn(self.clock.now()));
+        }
+        let orders = self.obey() | self.retry() | self.settle();
+        if orders {
+            self.clock.look();
+        }
+        progress | orders
     }
 
     /// Runs ready tasks, until they have written as much inline as a turn should: a write beyond that would go to a kernel thread,
@@ -178,6 +204,7 @@ impl Worker {
                 full |= room == 0;
                 continue;
             }
+            q.begin_turn(self.clock.now());
             // Only the first request of a thread pays for being seen by others: so it is one for all that come now.
             let all = self.grace.enter();
             for _ in 0..available {
@@ -215,7 +242,16 @@ impl Worker {
         self.rt.collect(&mut self.events);
         let mut progress = false;
         for event in self.events.drain(..) {
-            let Event::Done(token, result) = event else { continue };
+            let (token, result) = match event {
+                Event::Done(token, result) => (token, result),
+                Event::Ready(index) => {
+                    self.queues
+                        .iter()
+                        .filter(|q| u64::from(q.index) == index)
+                        .for_each(Queue::kicked);
+                    continue;
+                }
+            };
             progress = true;
             let (index, head) = from_payload(token);
             if let Some(q) = queue(&mut self.queues, index)
@@ -373,13 +409,14 @@ impl Worker {
     fn idle(&mut self) {
         let in_flight = self.rt.reactor.borrow().in_flight();
         let budget = Duration::from_nanos(self.policy.budget_ns(in_flight));
-        let start = Instant::now();
-        let busy = nanos(start - self.busy_since);
+        // At the end of the last turn that did something.
+        let start = self.clock.last();
         let mut elapsed = Duration::ZERO;
         while elapsed < budget {
             for _ in 0..8 {
                 if self.has_input() {
-                    return self.observe(busy, start, in_flight, false);
+                    self.meter.poll_hits.add(1);
+                    return self.observe(start, in_flight, false);
                 }
                 std::hint::spin_loop();
             }
@@ -392,6 +429,7 @@ impl Worker {
         self.queues.iter_mut().for_each(|q| q.arm());
         if !self.has_input() {
             let polled = self.queues.iter().any(|q| q.watch.is_none());
+            self.meter.poll_misses.add(1);
             AWAKE.fetch_sub(1, Ordering::Relaxed);
             let retry = self.retry_at.map(|at| at.saturating_duration_since(Instant::now()));
             let pause = polled.then_some(POLLED_RING_PAUSE);
@@ -399,13 +437,15 @@ impl Worker {
             AWAKE.fetch_add(1, Ordering::Relaxed);
         }
         self.queues.iter_mut().for_each(|q| q.disarm());
-        self.observe(busy, start, in_flight, true);
+        self.observe(start, in_flight, true);
     }
 
     /// Tells the policy of an idle gap that began at `start`.
-    fn observe(&mut self, busy_ns: u64, start: Instant, in_flight: usize, slept: bool) {
-        self.busy_since = Instant::now();
-        self.policy.observe(busy_ns, nanos(self.busy_since - start), in_flight, slept);
+    fn observe(&mut self, start: Instant, in_flight: usize, slept: bool) {
+        self.clock.look();
+        let end = self.clock.last();
+        let busy = nanos(start - std::mem::replace(&mut self.busy_since, end));
+        self.policy.observe(busy, nanos(end - start), in_flight, slept);
     }
 
     #[inline]

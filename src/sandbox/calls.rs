@@ -162,6 +162,9 @@ const SESSION: Calls = &[
     libc::SYS_unlink,
 ];
 
+/// What serving metrics takes: connections that are there already, or come to a socket that listens.
+const METRICS: Calls = &[libc::SYS_accept4, libc::SYS_recvfrom, libc::SYS_sendto];
+
 /// What starting and ending take.
 const CONTROL: Calls = &[libc::SYS_chdir, libc::SYS_signalfd4];
 
@@ -228,6 +231,7 @@ pub(super) struct Filters {
     pub(super) session: BpfProgram,
     pub(super) worker: BpfProgram,
     pub(super) pool: BpfProgram,
+    pub(super) metrics: BpfProgram,
 }
 
 /// All filters, for this process: its number is part of them.
@@ -243,6 +247,7 @@ pub(super) fn filters() -> Result<Filters, BackendError> {
         session: allow(&[THREAD, DISK, RUNTIME, SESSION])?,
         worker: allow(&[THREAD, DISK, RUNTIME])?,
         pool: allow(&[THREAD, DISK])?,
+        metrics: allow(&[THREAD, METRICS])?,
     })
 }
 

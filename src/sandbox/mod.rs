@@ -14,7 +14,7 @@
 //!   No TCP, no signals to others, no abstract sockets of others.
 //! * **seccomp** (`calls`): an allow-list for the process, and on top of it a shorter one for each [`Thread`], installed by the
 //!   thread itself as it starts. A filter can only be added to, and threads are started by threads (a worker starts
-//!   those of the pool), so the lists are nested: process > session > worker > pool. A thread that nobody has given a
+//!   those of the pool), so the lists are nested: process > session > worker > pool; and process > metrics. A thread that nobody has given a
 //!   kind has its creator's.
 //!
 //! **A call that is not on the list** fails with ENOSYS. C libraries try newer calls first and fall back on ENOSYS, on nothing
@@ -66,6 +66,8 @@ pub enum Thread {
     Worker,
     /// Makes calls that block.
     Pool,
+    /// Serves metrics.
+    Metrics,
 }
 
 /// What may be touched later although it is not open. A file is meant itself, whatever its name means later; so is a
@@ -110,6 +112,7 @@ struct Filters {
     session: BpfProgram,
     worker: BpfProgram,
     pool: BpfProgram,
+    metrics: BpfProgram,
 }
 
 static FILTERS: OnceLock<Filters> = OnceLock::new();
@@ -153,8 +156,10 @@ pub fn enter(allow: &Allow) -> Result<()> {
             Err(e) => return Err(failed("seccomp", &e)),
         }
     }
-    let calls::Filters { session, worker, pool, .. } = filters;
-    FILTERS.set(Filters { session, worker, pool }).map_err(|_| err!("in the sandbox already"))
+    let calls::Filters { session, worker, pool, metrics, .. } = filters;
+    FILTERS
+        .set(Filters { session, worker, pool, metrics })
+        .map_err(|_| err!("in the sandbox already"))
 }
 
 /// Whether only some files can be opened.
@@ -169,6 +174,7 @@ pub fn thread(kind: Thread) {
         Thread::Session => &filters.session,
         Thread::Worker => &filters.worker,
         Thread::Pool => &filters.pool,
+        Thread::Metrics => &filters.metrics,
     };
     if let Err(e) = privileges::filter_calls(filter, true) {
         // That of the process holds all the same.

@@ -5,7 +5,8 @@
 //!   successor                                    predecessor
 //!   connects to --control's socket       ------> looks who it is (same user, or root)
 //!   HELLO     versions, pid              ------> refuses, or chooses a version
-//!             serves on                <-------- CONFIG   command line, directory, sockets' places, control socket, pidfile, manager
+//!             serves on                <-------- CONFIG   command line, directory, sockets' places, control and metrics sockets, pidfile,
+//!                                                         manager
 //!   looks at all images, without locks
 //!   READY                                ------> tries whether it could open its own images again; then pauses:
 //!                                                rings stop (nothing in flight), flush, images closed, locks gone

@@ -14,6 +14,7 @@ use super::{
     check_peer, save_place,
 };
 use crate::cli::daemon::{Manager, Pidfile};
+use crate::cli::metrics::Metrics;
 use crate::cli::session::Session;
 use crate::err;
 use crate::error::Result;
@@ -31,13 +32,12 @@ pub enum Outcome {
     Signal(u32),
 }
 
-/// Somebody has connected to `control`.
-pub fn attend(
-    control: &Control,
-    session: &mut Session,
-    system: (Option<&Pidfile>, &Manager),
-    signals: &Signals,
-) -> Outcome {
+/// What has a name beside the exports' sockets, and the service manager.
+type Names<'a> = (&'a Control, Option<&'a Metrics>, Option<&'a Pidfile>, &'a Manager);
+
+/// Somebody has connected to the control socket.
+pub fn attend(names: Names<'_>, session: &mut Session, signals: &Signals) -> Outcome {
+    let control = names.0;
     let stream = match control.listener.accept() {
         Ok((stream, _)) => stream,
         Err(e) => {
@@ -59,7 +59,7 @@ pub fn attend(
     };
     let mut ended = None;
     let outcome = refused
-        .and_then(|()| prepare(&mut peer, control, session, system, signals))
+        .and_then(|()| prepare(&mut peer, names, session, signals))
         .and_then(|pid| hand_over(&mut peer, session, (signals, &mut ended)).map(|()| pid));
     match outcome {
         Ok(pid) => Outcome::HandedOver(pid),
@@ -74,9 +74,8 @@ pub fn attend(
 /// Everything that happens while guests are served. The successor's process number.
 fn prepare(
     peer: &mut Peer,
-    control: &Control,
+    (control, metrics, pidfile, manager): Names<'_>,
     session: &Session,
-    (pidfile, manager): (Option<&Pidfile>, &Manager),
     signals: &Signals,
 ) -> Result<i32> {
     let signals = Some(signals.as_fd());
@@ -90,6 +89,13 @@ fn prepare(
     };
     let mut config = Parcel::default();
     let listener = config.put(control.listener.as_fd())?;
+    let metrics = match metrics {
+        None => json!(null),
+        Some(metrics) => {
+            let listener = config.put(metrics.listener())?;
+            json!({"listener": listener, "place": save_place(metrics.place())})
+        }
+    };
     let pidfile = match pidfile {
         None => json!(null),
         Some(pidfile) => {
@@ -104,6 +110,7 @@ fn prepare(
         "directory": control.directory,
         "exports": session.places(),
         "control": {"listener": listener, "place": save_place(Some(&control.place))},
+        "metrics": metrics,
         "pidfile": pidfile,
         "manager": manager,
     });

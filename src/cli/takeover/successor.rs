@@ -15,10 +15,13 @@ use super::{Control, PREPARE_LIMIT, TALK_LIMIT, VERSIONS, check_peer};
 use crate::cli::daemon::Pidfile;
 use crate::cli::getopt::Opt;
 use crate::cli::listen::Place;
+use crate::cli::metrics::Metrics;
 use crate::cli::plan::{Plan, Settings};
 use crate::cli::session::Session;
 use crate::err;
 use crate::error::Result;
+use crate::metrics::address::Address;
+use crate::metrics::server::Listener;
 use crate::sys::Signals;
 use crate::vhost_user::parcel::{Parcel, list, number, text};
 
@@ -33,6 +36,8 @@ pub struct Takeover {
 pub struct Inherited {
     /// For its own successor.
     pub control: Control,
+    /// Where metrics are served.
+    pub metrics: Option<Metrics>,
     /// Still with the predecessor's number in it.
     pub pidfile: Option<Pidfile>,
 }
@@ -84,7 +89,8 @@ impl Takeover {
     pub fn dirs(&self) -> Vec<PathBuf> {
         let body = &self.config.body;
         let exports = body["exports"].as_array().into_iter().flatten();
-        let places = exports.chain([&body["control"]["place"], &body["pidfile"]]);
+        let places =
+            exports.chain([&body["control"]["place"], &body["metrics"]["place"], &body["pidfile"]]);
         let paths = places.filter_map(|place| place["path"].as_str());
         paths.filter_map(|path| Path::new(path).parent()).map(Path::to_path_buf).collect()
     }
@@ -113,7 +119,7 @@ impl Takeover {
         let mut paused = Paused::default();
         session.adopt(exports, &mut paused, Instant::now() + TALK_LIMIT)?;
         // All that may fail comes before GO.
-        let (control, pidfile, places) = self.names(settings)?;
+        let (control, metrics, pidfile, places) = self.names(settings)?;
         self.peer.send(Kind::Activated, &Parcel::default())?;
         // Without it, servers that only pause end with `paused`.
         self.peer.expect_go(signals)?;
@@ -122,7 +128,12 @@ impl Takeover {
         let (listener, place, args) = control;
         let directory = self.directory.clone();
         let control = Control { listener, place: place.ours(), args, directory };
-        Ok(Inherited { control, pidfile: pidfile.map(|(path, file)| Pidfile::adopt(path, file)) })
+        let metrics = metrics.map(|(l, place)| Metrics::adopt(l, place.map(Name::ours)));
+        Ok(Inherited {
+            control,
+            metrics,
+            pidfile: pidfile.map(|(path, file)| Pidfile::adopt(path, file)),
+        })
     }
 
     /// The names that are ours after GO.
@@ -130,13 +141,26 @@ impl Takeover {
     fn names(
         &mut self,
         settings: &Settings,
-    ) -> Result<((UnixListener, Name, Vec<String>), Option<(PathBuf, File)>, Vec<Option<Name>>)>
-    {
+    ) -> Result<(
+        (UnixListener, Name, Vec<String>),
+        Option<(Listener, Option<Name>)>,
+        Option<(PathBuf, File)>,
+        Vec<Option<Name>>,
+    )> {
         let body = std::mem::take(&mut self.config.body);
         let control = &body["control"];
         let listener = UnixListener::from(self.config.take(&control["listener"])?);
         let place = Name::parse(&control["place"])?;
         let place = place.ok_or_else(|| err!("a control socket without a place"))?;
+        // A predecessor without them, of whichever version, has no socket for them.
+        let metrics = match &body["metrics"] {
+            Value::Null => None,
+            there => {
+                let fd = self.config.take(&there["listener"])?;
+                let unix = !matches!(settings.metrics, Some(Address::Port(_)));
+                Some((Listener::from_fd(fd, unix), Name::parse(&there["place"])?))
+            }
+        };
         let pidfile = match &body["pidfile"] {
             Value::Null => None,
             there => {
@@ -145,7 +169,7 @@ impl Takeover {
             }
         };
         let places = list(&body, "exports")?.iter().map(Name::parse).collect::<Result<_>>()?;
-        Ok(((listener, place, settings.args.clone()), pidfile, places))
+        Ok(((listener, place, settings.args.clone()), metrics, pidfile, places))
     }
 
     /// Tells the predecessor to go on. To be called when all images are closed.

@@ -93,6 +93,7 @@ use crate::block::{
     Dir, Driver, DriverDef, DriverKind, Edge, IoFuture, Limits, Map, Node, Op, Recognises, walk,
 };
 use crate::error::Errno;
+use crate::metrics::NodeMeter;
 use crate::qapi::Options;
 
 /// `qcow2`.
@@ -138,6 +139,7 @@ struct Image {
     compressed: Decompressor,
     corruption: Corruption,
     writing: Option<Writing>,
+    meter: Arc<NodeMeter>,
 }
 
 impl Image {

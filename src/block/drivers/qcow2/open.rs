@@ -17,10 +17,11 @@ use super::read::Corruption;
 use super::replay;
 use super::tidy::Tidy;
 use super::write::Writing;
-use super::{Image, Qcow2};
+use super::{Image, QCOW2, Qcow2};
 use crate::block::{Driver, Edge, Node, OpenArgs, Role};
 use crate::err;
 use crate::error::{Errno, Error, Result};
+use crate::metrics::NodeMeter;
 use crate::rt;
 
 /// Opens a node.
@@ -75,6 +76,8 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
         }
         None => None,
     };
+    let meter = NodeMeter::new(args.node_name, QCOW2.name);
+    args.graph.meters().add_node(&meter);
     let image = Arc::new_cyclic(|me| Image {
         me: me.clone(),
         edges,
@@ -91,7 +94,9 @@ pub fn open(args: &mut OpenArgs<'_>) -> Result<Box<dyn Driver>> {
         l1,
         cache,
         writing,
+        meter,
     });
+    image.count_journal();
     let tidy = Tidy::start(&image, args.graph.upkeep());
     Ok(Box::new(Qcow2(image, tidy)))
 }

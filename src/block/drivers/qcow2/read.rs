@@ -191,8 +191,12 @@ impl Image {
             None => self.flights.turn(slice, || self.look_up_surely(guest)).await,
         };
         let found = match turn {
-            Turn::Found(found) => found,
+            Turn::Found(found) => {
+                self.meter.l2_hits.count();
+                found
+            }
             Turn::Mine(_flight) => {
+                self.meter.l2_misses.count();
                 let bytes = self.read_slice(slice, guest).await?;
                 // All slots waiting to be written back: then this request does without the cache.
                 let _ = self.cache.fill(slice, bytes.bytes());

@@ -128,6 +128,7 @@ impl Image {
             meta.limbo.settle(copies.generation);
             if let Some(log) = &w.journal {
                 log.journal.forget(copies.mark);
+                self.count_journal();
             }
             let refcounts = !self.choices.lazy_refcounts && meta.refcounts.is_dirty();
             if !refcounts && !self.cache.has_dirty() && !self.l1.has_dirty() {

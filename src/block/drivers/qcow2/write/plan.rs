@@ -282,6 +282,7 @@ impl Image {
             };
             self.note_tables(w, meta);
             let run = run.map_err(Need::Allocator)?;
+            self.meter.refcount_hits.count();
             if w.tables.holds(run.first, run.count) {
                 return Err(Need::Overlap(HostOffset(run.first << g.cluster_bits)));
             }

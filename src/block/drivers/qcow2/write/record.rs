@@ -68,6 +68,15 @@ impl Image {
         done
     }
 
+    /// The journal has more or fewer records than before.
+    pub fn count_journal(&self) {
+        let log = self.writing.as_ref().and_then(|w| w.journal.as_ref());
+        if let Some(log) = log {
+            self.meter.journal.set(RECORDS - log.journal.room());
+            self.meter.journal_room.set(RECORDS);
+        }
+    }
+
     /// Whether a change of so many entries can be recorded; only a flush makes room. With the `Meta` lock held.
     pub fn can_record(&self, w: &Writing, entries: usize) -> bool {
         let Some(log) = &w.journal else { return true };
@@ -96,6 +105,7 @@ impl Image {
         Ok(self.cache.store_logged(slice, index, entries, |words| {
             let record = |(at, old, new)| Record { place: start + at * 8, old, new };
             log.journal.append(words.map(record));
+            self.count_journal();
         }))
     }
 }

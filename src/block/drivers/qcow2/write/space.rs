@@ -71,6 +71,7 @@ impl Image {
             Turn::Found(()) => return Ok(()),
             Turn::Mine(flight) => flight,
         };
+        self.meter.refcount_misses.count();
         let disk = Disk::new(self.file());
         self.file().event(Event::RefblockLoad);
         let buffer = disk.fetch(offset.0, self.geometry.cluster_size()).await?;

@@ -30,6 +30,7 @@ impl Image {
                 Turn::Found(()) => return Ok(()),
                 Turn::Mine(flight) => flight,
             };
+            self.meter.l2_misses.count();
             let bytes = {
                 let _pin = self.writing.as_ref().map(|w| grace::enter(&w.grace));
                 self.read_slice(slice, guest).await?
@@ -96,6 +97,7 @@ impl Image {
         if let Some(log) = &w.journal {
             let (old, new) = (self.l1.get(l1_index), entry.encode());
             log.journal.append([Record { place: IN_L1 | l1_index, old, new }].into_iter());
+            self.count_journal();
         }
         self.l1.set(l1_index, entry.encode());
         if let Some(old) = old {
