@@ -8,6 +8,7 @@ mod bars;
 mod cases;
 mod compare;
 mod hist;
+mod host;
 mod idle;
 mod load;
 mod qcow2;

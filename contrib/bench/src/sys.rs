@@ -13,6 +13,12 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+mod perf;
+mod uring;
+
+pub use perf::SyscallCounter;
+pub use uring::{FileRing, open_direct};
+
 /// Most fds taken from one message: the protocol's limit is 8 memory regions, raw tests get more.
 pub const FDS_MAX: usize = 32;
 

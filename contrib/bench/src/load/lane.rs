@@ -181,8 +181,7 @@ impl Lane {
         while let Some(used) = self.queue.ring().pop_used()? {
             let slot = self.complete(used.id)?;
             let Slot { op, start_ns, .. } = self.slots[usize::from(slot)];
-            tally.ops[op] += 1;
-            tally.lat.record(now - start_ns);
+            tally.record(op, now - start_ns);
             n += 1;
         }
         self.since_disarm += n;
