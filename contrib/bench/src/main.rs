@@ -7,11 +7,16 @@ mod backend;
 mod bars;
 mod cases;
 mod compare;
+mod goals;
+mod guest;
 mod hist;
 mod host;
 mod idle;
 mod load;
+mod many;
+mod peer;
 mod qcow2;
+mod results;
 mod selftest;
 mod usage;
 

@@ -263,6 +263,16 @@ pub fn kill(pid: u32, signal: i32) -> io::Result<()> {
     check(unsafe { libc::kill(pid, signal) }).map(drop)
 }
 
+/// Sends a signal to the process group that a process leads.
+///
+/// # Errors
+/// The system call's.
+pub fn kill_group(leader: u32, signal: i32) -> io::Result<()> {
+    let leader = libc::pid_t::try_from(leader).map_err(io::Error::other)?;
+    // SAFETY: no memory is passed.
+    check(unsafe { libc::killpg(leader, signal) }).map(drop)
+}
+
 /// Makes a child end when the thread that starts it does: an interrupted run leaves no back end behind.
 pub fn end_with_parent(command: &mut Command) {
     // SAFETY: prctl is async-signal-safe, and nothing else happens between fork and exec.

@@ -61,7 +61,9 @@ impl SyscallCounter {
         };
         let mut threads = Vec::new();
         for task in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
-            let Ok(tid) = task.file_name().to_string_lossy().parse::<libc::pid_t>() else { continue };
+            let Ok(tid) = task.file_name().to_string_lossy().parse::<libc::pid_t>() else {
+                continue;
+            };
             match open(&attr, tid) {
                 Ok(file) => threads.push(file),
                 // A thread that has ended since.

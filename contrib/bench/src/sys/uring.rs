@@ -54,7 +54,15 @@ impl FileRing {
         let pages_per_slot = (len as usize).div_ceil(ALIGN);
         let slots = usize::from(depth);
         let buffers = (0..slots * pages_per_slot).map(|_| Page([0x5a; ALIGN])).collect();
-        Ok(Self { ring, file, buffers, pages_per_slot, len, busy: vec![false; slots], in_flight: 0 })
+        Ok(Self {
+            ring,
+            file,
+            buffers,
+            pages_per_slot,
+            len,
+            busy: vec![false; slots],
+            in_flight: 0,
+        })
     }
 
     /// Queues a request of a free slot.
