@@ -141,13 +141,22 @@ fn describe(programs: &[Program]) -> Results {
     results
 }
 
-/// Prints the bars of an earlier run.
+/// Reads a file that `write_json` wrote.
 ///
 /// # Errors
 /// A file that is not one of ours.
+pub fn read_json(path: &Path) -> Result<Results, String> {
+    let named = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
+    let text = std::fs::read_to_string(path).map_err(|e| named(&e))?;
+    serde_json::from_str(&text).map_err(|e| named(&e))
+}
+
+/// Prints the bars of an earlier run.
+///
+/// # Errors
+/// As `read_json`.
 pub fn judge_file(path: &Path) -> Result<(), String> {
-    let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
-    let results: Results = serde_json::from_str(&text).map_err(|e| e.to_string())?;
+    let results = read_json(path)?;
     println!("{}", results.machine);
     bars::print(&bars::judge(&results));
     goals::print(&goals::judge(&results));

@@ -15,6 +15,7 @@ mod idle;
 mod load;
 mod many;
 mod peer;
+mod publish;
 mod qcow2;
 mod results;
 mod selftest;
@@ -56,6 +57,11 @@ enum Cmd {
     Compare {
         #[command(flatten)]
         plan: Box<compare::Plan>,
+    },
+    /// Measure everything and write a report: JSON, CSV, SVG plots, an HTML page
+    Report {
+        #[command(flatten)]
+        options: Box<publish::Options>,
     },
     /// Judge a file written by `compare --json`
     Bars {
@@ -126,6 +132,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Cmd::Run { socket, pid, json, job } => single(&job, json, || run(&socket, pid, &job)),
         Cmd::Compare { plan } => compare::run(&plan),
+        Cmd::Report { options } => publish::run(&options),
         Cmd::Bars { file } => compare::judge_file(&file),
         Cmd::Fake { json, job } => single(&job, json, || selftest::run(&job)),
     };
