@@ -43,7 +43,11 @@ pub fn run(options: &Options) -> Result<(), String> {
     let at = |e: std::io::Error| format!("{}: {e}", options.out.display());
     fs::create_dir_all(&options.out).map_err(at)?;
     let results = match &options.from {
-        Some(file) => compare::read_json(file)?,
+        Some(file) => {
+            let mut results = compare::read_json(file)?;
+            compare::verdicts(&mut results);
+            results
+        }
         None => measure(options)?,
     };
     let files = write(&results, &options.out)?;
