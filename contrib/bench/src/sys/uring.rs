@@ -101,6 +101,9 @@ impl FileRing {
     }
 
     /// The slot of a completed request, and whether it did all its bytes.
+    ///
+    /// # Panics
+    /// When the kernel names a slot that it was not given.
     pub fn pop(&mut self) -> Option<(u16, bool)> {
         let entry = self.ring.completion().next()?;
         let slot = u16::try_from(entry.user_data()).expect("what `push` has stored");
