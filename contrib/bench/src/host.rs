@@ -19,8 +19,11 @@ use crate::usage::{self, Counted};
 /// # Errors
 /// Those of the file and of io_uring, and a job this loop does not know.
 pub fn run(job: &Job, path: &Path, direct: bool) -> io::Result<Report> {
-    if job.once || job.stride > 0 || job.fsync > 0 || job.verify || job.ios > 0 {
-        return Err(io::Error::other("the host's loop knows neither --once, --fsync nor --verify"));
+    let paced = job.rate_iops > 0;
+    if job.once || job.stride > 0 || job.fsync > 0 || job.verify || job.ios > 0 || paced {
+        return Err(io::Error::other(
+            "the host's loop knows neither --once, --stride, --fsync, --verify, --ios nor --rate-iops",
+        ));
     }
     let len = sys::open_direct(path, direct)?.metadata()?.len();
     let size = if job.size == 0 { len } else { len.min(job.size) };
@@ -107,9 +110,9 @@ fn choose(job: &Job, random: &mut u64, next: &mut u64, blocks: u64) -> (u64, boo
     let write = match job.rw {
         Rw::Read | Rw::RandRead => false,
         Rw::Write | Rw::RandWrite => true,
-        Rw::RandRw => (draw() >> 32) % 100 >= u64::from(job.rwmixread),
+        Rw::RandRw | Rw::Mixed => (draw() >> 32) % 100 >= u64::from(job.rwmixread),
     };
-    if matches!(job.rw, Rw::Read | Rw::Write) {
+    if job.rw.is_sequential() {
         let block = *next;
         *next = (block + 1) % blocks;
         return (block, write);

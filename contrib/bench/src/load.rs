@@ -169,7 +169,7 @@ fn worker(job: &Job, index: usize, mut lanes: Vec<Lane>, control: &Control) -> R
             break;
         }
         if progress == 0 {
-            wait(job.client, &mut lanes, &mut tally)?;
+            wait(job.client, &mut lanes, &base, &mut tally)?;
         }
     }
     tally.cpu_ns = sys::thread_cpu_ns() - cpu;
@@ -179,7 +179,7 @@ fn worker(job: &Job, index: usize, mut lanes: Vec<Lane>, control: &Control) -> R
 }
 
 /// Nothing was there: looks again soon, or sleeps until interrupted.
-fn wait(mode: Mode, lanes: &mut [Lane], tally: &mut Tally) -> Result<()> {
+fn wait(mode: Mode, lanes: &mut [Lane], base: &Instant, tally: &mut Tally) -> Result<()> {
     if mode == Mode::Poll {
         std::hint::spin_loop();
         return Ok(());
@@ -188,7 +188,7 @@ fn wait(mode: Mode, lanes: &mut [Lane], tally: &mut Tally) -> Result<()> {
         return Ok(());
     }
     tally.sleeps += 1;
-    lane::sleep(lanes)
+    lane::sleep(lanes, base)
 }
 
 /// Takes back what is in flight, so that the back end is idle afterwards.

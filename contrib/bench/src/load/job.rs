@@ -21,6 +21,17 @@ pub enum Rw {
     RandWrite,
     /// Random reads and writes, see --rwmixread.
     RandRw,
+    /// Sequential reads and writes, likewise.
+    #[value(name = "rw", alias = "readwrite")]
+    #[serde(rename = "rw")]
+    Mixed,
+}
+
+impl Rw {
+    /// One block after the other.
+    pub fn is_sequential(self) -> bool {
+        matches!(self, Self::Read | Self::Write | Self::Mixed)
+    }
 }
 
 /// How the client learns of completions.
@@ -65,7 +76,7 @@ pub struct Job {
     /// What the requests are
     #[arg(long, value_enum, default_value = "randread")]
     pub rw: Rw,
-    /// Reads per hundred requests of randrw
+    /// Reads per hundred requests of randrw and rw
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=100))]
     pub rwmixread: u32,
     /// Flush after every N writes of each request in flight, which is a writer of its own: it waits for
@@ -84,6 +95,9 @@ pub struct Job {
     /// Queues
     #[arg(long, default_value_t = 1)]
     pub queues: u16,
+    /// Begin at most this many requests a second on each queue (0: as fast as they complete)
+    #[arg(long, default_value_t = 0)]
+    pub rate_iops: u64,
     /// Client threads [default: 1 when polling, one per queue otherwise]
     #[arg(long, default_value_t = 0)]
     pub threads: u16,
