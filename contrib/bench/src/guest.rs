@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::Program;
 use crate::cases;
-use crate::usage::Snapshot;
+use crate::usage::Counted;
 
 /// One job of fio on one back end.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -28,6 +28,8 @@ pub struct GuestRun {
     pub lat_p99_us: f64,
     /// CPU time of the back end per request.
     pub cpu_ns: f64,
+    /// System calls of the back end per request, where they can be counted.
+    pub syscalls: Option<f64>,
     /// Context switches of the back end per request.
     pub switches: f64,
 }
@@ -94,15 +96,15 @@ fn one(
     for line in BufReader::new(stdout.ok_or("no output")?).lines() {
         let line = line.map_err(text)?;
         if line.starts_with("@begin ") {
-            before = Snapshot::take(backend.pid()).ok();
+            before = Counted::begin(backend.pid()).ok();
         } else if let Some(rest) = line.strip_prefix("@end ") {
-            let usage =
-                before.take().zip(Snapshot::take(backend.pid()).ok()).map(|(a, b)| a.until(&b));
+            let usage = before.take().and_then(|counted| counted.end().ok());
             let (job, terse) = rest.split_once(' ').unwrap_or((rest, ""));
             let (mut run, ios) =
                 digest(terse).ok_or_else(|| format!("{job}: fio said {terse:?}"))?;
             (run.backend, run.job) = (program.label.clone(), job.into());
             if let Some(usage) = usage {
+                run.syscalls = usage.syscalls.map(|n| n as f64 / ios);
                 run.cpu_ns = usage.cpu_ns as f64 / ios;
                 run.switches = (usage.voluntary + usage.involuntary) as f64 / ios;
             }

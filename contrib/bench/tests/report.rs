@@ -36,7 +36,7 @@ fn read(dir: &Path, name: &str) -> String {
 /// qemu-storage-daemon by a template, as a third party's back end would be.
 const PEER: &str = "third:null=exec qemu-storage-daemon --blockdev \
     driver=null-co,node-name=n,size={size},read-zeroes=off --export \
-    type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={socket},num-queues={queues},writable=on";
+    type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={socket},num-queues={queues},writable=on 2>&1";
 
 #[test]
 fn a_report_has_all_its_files() {

@@ -236,8 +236,17 @@ fn guest(page: &mut String, results: &Results) {
     if results.guest.is_empty() {
         return;
     }
-    let columns =
-        ["job", "back end", "IOPS", "MB/s", "mean us", "p99 us", "CPU us/io", "switches/io"];
+    let columns = [
+        "job",
+        "back end",
+        "IOPS",
+        "MB/s",
+        "mean us",
+        "p99 us",
+        "CPU us/io",
+        "syscalls/io",
+        "switches/io",
+    ];
     heading(page, "fio in a guest", &columns);
     let order = labels(results);
     let mut runs: Vec<_> = results.guest.iter().collect();
@@ -247,7 +256,7 @@ fn guest(page: &mut String, results: &Results) {
         put!(
             page,
             "<tr><td>{}</td><td class=\"text\">{}</td><td>{:.0}</td><td>{:.1}</td><td>{:.0}</td><td>{:.0}</td>\
-             <td>{:.2}</td><td>{:.3}</td></tr>",
+             <td>{:.2}</td><td>{}</td><td>{:.3}</td></tr>",
             escape(&r.job),
             escape(&name_of(results, &r.backend)),
             r.iops,
@@ -255,6 +264,7 @@ fn guest(page: &mut String, results: &Results) {
             r.lat_mean_us,
             r.lat_p99_us,
             r.cpu_ns / 1e3,
+            r.syscalls.map_or("-".into(), |n| format!("{n:.3}")),
             r.switches
         );
     }
