@@ -59,6 +59,7 @@ enum Cmd {
         plan: Box<compare::Plan>,
     },
     /// Measure everything and write a report: JSON, CSV, SVG plots, an HTML page
+    #[command(args_override_self = true)]
     Report {
         #[command(flatten)]
         options: Box<publish::Options>,
