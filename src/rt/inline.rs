@@ -8,7 +8,7 @@
 //! took long goes back to io_uring for a while, longer each time.
 //!
 //! Reads: one that is alone has nobody to share io_uring's costs with, and `preadv2` answers a quarter of a microsecond
-//! sooner (case `page-d1-poll`) if the data is in the page cache. RWF_NOWAIT says that it is not; then io_uring reads it, and
+//! sooner (case `depth-page-1`) if the data is in the page cache. RWF_NOWAIT says that it is not; then io_uring reads it, and
 //! the next ones are not tried, more of them each time.
 #![forbid(unsafe_code)]
 

@@ -2,9 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::compare::{Results, Series, Spread};
 use crate::load::Report;
 use crate::qcow2;
+use crate::results::{Results, Series, Spread};
 
 /// One bar with its verdict.
 #[derive(Debug, Serialize, Deserialize)]

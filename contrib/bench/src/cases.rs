@@ -10,7 +10,7 @@ use crate::load::{Job, Mode, Rw};
 use crate::qcow2::{self, CLUSTER, Image, Kind};
 
 /// Bytes of every test file and of the null device.
-const DISK: u64 = 1 << 30;
+pub const DISK: u64 = 1 << 30;
 /// What test files are written and read with.
 const CHUNK: usize = 1 << 20;
 /// Bytes per request of the sequential cases.
@@ -35,23 +35,39 @@ pub enum Medium {
 #[derive(Clone, Debug)]
 pub struct Case {
     /// What the user types.
-    pub name: &'static str,
+    pub name: String,
     /// Where the bytes come from.
     pub medium: Medium,
-    rw: Rw,
-    bs: u64,
-    iodepth: u16,
+    /// The file node's `aio`, where it is not the medium's own.
+    pub aio: Option<&'static str>,
+    /// VHOST_USER_BLK_NO_IO_URING=1 in the back end's environment.
+    pub no_io_uring: bool,
+    /// The host's own io_uring loop runs the same job.
+    pub with_host: bool,
+    /// Part of the report, not of `compare`, unless asked for by name.
+    pub report_only: bool,
+    /// What the requests are.
+    pub rw: Rw,
+    /// Bytes of each.
+    pub bs: u64,
+    /// In flight per queue.
+    pub iodepth: u16,
     queues: u16,
-    client: Mode,
+    /// How the client learns of completions.
+    pub client: Mode,
     fsync: u32,
     stride: u64,
     once: bool,
 }
 
-const fn case(name: &'static str, medium: Medium, rw: Rw, iodepth: u16, client: Mode) -> Case {
+fn case(name: &str, medium: Medium, rw: Rw, iodepth: u16, client: Mode) -> Case {
     Case {
-        name,
+        name: name.into(),
         medium,
+        aio: None,
+        no_io_uring: false,
+        with_host: false,
+        report_only: false,
         rw,
         bs: 4096,
         iodepth,
@@ -75,17 +91,66 @@ pub fn all() -> Vec<Case> {
         case("null-d1-event", Null, Rw::RandRead, 1, Mode::Event),
         case("null-d1-poll", Null, Rw::RandRead, 1, Mode::Poll),
         Case { queues: 4, ..case("null-4q", Null, Rw::RandRead, 32, Mode::Poll) },
-        case("page-d1-poll", Page, Rw::RandRead, 1, Mode::Poll),
-        case("page-d32-randread", Page, Rw::RandRead, 32, Mode::Poll),
-        case("page-d32-randwrite", Page, Rw::RandWrite, 32, Mode::Poll),
+        Case { with_host: true, ..case("page-d32-randread", Page, Rw::RandRead, 32, Mode::Poll) },
+        Case { with_host: true, ..case("page-d32-randwrite", Page, Rw::RandWrite, 32, Mode::Poll) },
         seq("page-seq128k-read", Rw::Read),
         seq("page-seq128k-write", Rw::Write),
         case("tmpfs-native-d32", Tmpfs, Rw::RandRead, 32, Mode::Poll),
-        case("disk-d1", Disk, Rw::RandRead, 1, Mode::Event),
-        case("disk-d1-poll", Disk, Rw::RandRead, 1, Mode::Poll),
+        Case { with_host: true, ..case("disk-d1", Disk, Rw::RandRead, 1, Mode::Event) },
+        Case { with_host: true, ..case("disk-d1-poll", Disk, Rw::RandRead, 1, Mode::Poll) },
         case("disk-d32", Disk, Rw::RandRead, 32, Mode::Poll),
     ];
     cases.extend(qcow2_cases());
+    cases.extend(sweeps());
+    cases
+}
+
+/// Depths of the sweeps.
+pub const DEPTHS: [u16; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
+/// Numbers of queues of the sweeps.
+pub const QUEUES: [u16; 3] = [1, 2, 4];
+/// Bytes per request of the sequential sweeps: 512 B to 1 MiB.
+pub const SIZES: [(u64, &str); 6] = [
+    (512, "512"),
+    (4 << 10, "4k"),
+    (16 << 10, "16k"),
+    (64 << 10, "64k"),
+    (256 << 10, "256k"),
+    (1 << 20, "1m"),
+];
+
+/// What issue 5 adds: the lines of the report's plots, and the rest of its table.
+fn sweeps() -> Vec<Case> {
+    use Medium::{Disk, Null, Page, Tmpfs};
+    let read = |name: String, medium, depth| case(&name, medium, Rw::RandRead, depth, Mode::Poll);
+    let mut cases = Vec::new();
+    for (name, medium) in [("null", Null), ("page", Page), ("disk", Disk)] {
+        for depth in DEPTHS {
+            let case = read(format!("depth-{name}-{depth}"), medium, depth);
+            cases.push(Case { with_host: medium != Null, ..case });
+        }
+    }
+    for (name, medium) in [("null", Null), ("page", Page)] {
+        for queues in QUEUES {
+            let case = read(format!("queues-{name}-{queues}"), medium, 32);
+            cases.push(Case { queues, with_host: medium != Null, ..case });
+        }
+    }
+    for (rw, word) in [(Rw::Read, "read"), (Rw::Write, "write")] {
+        for (bs, size) in SIZES {
+            cases
+                .push(Case { bs, ..case(&format!("seq-{word}-{size}"), Page, rw, 32, Mode::Poll) });
+        }
+    }
+    for (name, medium, aio) in [
+        ("page-threads", Page, "threads"),
+        ("tmpfs-native", Tmpfs, "native"),
+        ("disk-native", Disk, "native"),
+    ] {
+        let case = read(format!("nouring-{name}"), medium, 32);
+        cases.push(Case { aio: Some(aio), no_io_uring: true, ..case });
+    }
+    cases.iter_mut().for_each(|c| c.report_only = true);
     cases
 }
 
@@ -162,8 +227,26 @@ impl Case {
         !matches!(self.rw, Rw::Read | Rw::RandRead)
     }
 
+    /// Past the page cache.
+    pub fn direct(&self) -> bool {
+        match self.medium {
+            Medium::Tmpfs | Medium::Disk => true,
+            Medium::Null | Medium::Page => false,
+            Medium::Qcow2(image) => image.direct,
+        }
+    }
+
+    /// QEMU's name of the disk's format; `null` for none.
+    pub fn format(&self) -> &'static str {
+        match self.medium {
+            Medium::Null => "null",
+            Medium::Page | Medium::Tmpfs | Medium::Disk => "raw",
+            Medium::Qcow2(_) => "qcow2",
+        }
+    }
+
     /// The test file, if there is one.
-    fn file(&self, dir: &Path) -> Option<PathBuf> {
+    pub fn file(&self, dir: &Path) -> Option<PathBuf> {
         match self.medium {
             Medium::Null => None,
             Medium::Page => Some(dir.join("page.raw")),
@@ -175,15 +258,15 @@ impl Case {
 
     /// The arguments that define node `n`.
     pub fn blockdev(&self, dir: &Path) -> Vec<String> {
-        let options = match self.medium {
+        let own = match self.medium {
             Medium::Null => return null(),
             Medium::Qcow2(image) => return image.blockdev(dir),
-            Medium::Page => "aio=io_uring",
-            Medium::Tmpfs => "aio=native,cache.direct=on",
-            Medium::Disk => "aio=io_uring,cache.direct=on",
+            Medium::Page | Medium::Disk => "io_uring",
+            Medium::Tmpfs => "native",
         };
         let file = self.file(dir).unwrap_or_default();
-        let direct = if options.contains("direct") { ",cache.direct=on" } else { "" };
+        let direct = if self.direct() { ",cache.direct=on" } else { "" };
+        let options = format!("aio={}{direct}", self.aio.unwrap_or(own));
         vec![
             "--blockdev".into(),
             format!("driver=file,node-name=f,filename={},{options}", file.display()),

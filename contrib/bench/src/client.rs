@@ -3,7 +3,10 @@
 //! `Client::connect` does what QEMU does, in QEMU's order, and leaves every ring running. All of it is
 //! also there in single steps, and `conn` sends anything else.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+mod memory;
+mod options;
+
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,127 +18,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::blk::{CONFIG_LEN, Config};
 use crate::error::{Error, Result, io_err};
-use crate::mem::{Buf, GuestMem, RegionInfo};
+use crate::mem::{Buf, GuestMem};
 use crate::packed::{Packed, WRAP};
-use crate::proto::{
-    Conn, F_LOG_ALL, F_PROTOCOL_FEATURES, InflightDesc, mem_table, one_region, pf, req, vring_addr,
-};
+use crate::proto::{Conn, F_PROTOCOL_FEATURES, InflightDesc, pf, req, vring_addr};
 use crate::queue::{Driver, Queue};
 use crate::ring::{Ring, RingMem};
-
-/// Feature bits this driver can honour.
-pub const KNOWN_FEATURES: u64 = 1 << vc::VIRTIO_F_VERSION_1
-    | 1 << vr::VIRTIO_RING_F_INDIRECT_DESC
-    | 1 << vr::VIRTIO_RING_F_EVENT_IDX
-    | 1 << vc::VIRTIO_F_RING_PACKED
-    | F_PROTOCOL_FEATURES
-    | 1 << vb::VIRTIO_BLK_F_SIZE_MAX
-    | 1 << vb::VIRTIO_BLK_F_SEG_MAX
-    | 1 << vb::VIRTIO_BLK_F_GEOMETRY
-    | 1 << vb::VIRTIO_BLK_F_RO
-    | 1 << vb::VIRTIO_BLK_F_BLK_SIZE
-    | 1 << vb::VIRTIO_BLK_F_FLUSH
-    | 1 << vb::VIRTIO_BLK_F_TOPOLOGY
-    | 1 << vb::VIRTIO_BLK_F_CONFIG_WCE
-    | 1 << vb::VIRTIO_BLK_F_MQ
-    | 1 << vb::VIRTIO_BLK_F_DISCARD
-    | 1 << vb::VIRTIO_BLK_F_WRITE_ZEROES;
-
-/// Protocol features acknowledged unless the options say otherwise.
-pub const DEFAULT_PROTOCOL: u64 = 1 << pf::MQ
-    | 1 << pf::REPLY_ACK
-    | 1 << pf::CONFIG
-    | 1 << pf::RESET_DEVICE
-    | 1 << pf::CONFIGURE_MEM_SLOTS;
-
-/// How the back end learns of the memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum MemStyle {
-    /// ADD_MEM_REG when negotiated, else SET_MEM_TABLE.
-    #[default]
-    Auto,
-    /// SET_MEM_TABLE.
-    Table,
-    /// ADD_MEM_REG for each region.
-    Slots,
-}
-
-/// Bytes that a bit of the log stands for ("Migration").
-const LOG_PAGE: u64 = 4096;
-
-/// Where a ring goes on after a reconnect; front ends differ.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Base {
-    /// At `used.idx`: QEMU, StratoVirt.
-    Used,
-    /// At `avail.idx`: cloud-hypervisor.
-    Avail,
-    /// Anywhere.
-    At(u32),
-}
-
-/// What the guest wants.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Queues to create.
-    pub queues: u16,
-    /// Entries of each.
-    pub queue_size: u16,
-    /// Mask of feature bits to acknowledge out of those offered.
-    pub want_features: u64,
-    /// Feature bits acknowledged though not offered.
-    pub force_features: u64,
-    /// Mask of protocol features to acknowledge out of those offered.
-    pub want_protocol: u64,
-    /// Acknowledge EVENT_IDX.
-    pub event_idx: bool,
-    /// Acknowledge INDIRECT_DESC and use it.
-    pub indirect: bool,
-    /// Acknowledge RING_PACKED.
-    pub packed: bool,
-    /// Bytes per memory region.
-    pub mem_size: usize,
-    /// Memory regions.
-    pub mem_regions: usize,
-    /// How the back end learns of them.
-    pub mem_style: MemStyle,
-    /// Acknowledge INFLIGHT_SHMFD and hand the area back.
-    pub inflight: bool,
-    /// Acknowledge BACKEND_REQ and open the back channel.
-    pub backend_channel: bool,
-    /// Poll for completions instead of waiting on the call eventfd.
-    pub polling: bool,
-    /// First index of the rings; of packed ones the first position, in the second round plus 0x8000.
-    pub base: u16,
-    /// Start the rings at once.
-    pub start: bool,
-    /// Limit of every wait.
-    pub timeout: Duration,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            queues: 1,
-            queue_size: 128,
-            want_features: KNOWN_FEATURES,
-            force_features: 0,
-            want_protocol: DEFAULT_PROTOCOL,
-            event_idx: true,
-            indirect: true,
-            packed: false,
-            mem_size: 64 << 20,
-            mem_regions: 1,
-            mem_style: MemStyle::Auto,
-            inflight: false,
-            backend_channel: false,
-            polling: false,
-            base: 0,
-            start: true,
-            timeout: crate::TIMEOUT,
-        }
-    }
-}
+pub use options::{Base, DEFAULT_PROTOCOL, KNOWN_FEATURES, MemStyle, Options};
 
 /// What the protocol must know of a queue, wherever the `Queue` itself has gone.
 #[derive(Debug)]
@@ -334,68 +222,6 @@ impl Client {
         (0..self.wiring.len()).try_for_each(|i| self.start_queue(i))
     }
 
-    /// Tells the back end of all memory regions, in the style of the options.
-    ///
-    /// # Errors
-    /// Any of this crate's.
-    pub fn share_memory(&self) -> Result<()> {
-        let slots = match self.opts.mem_style {
-            MemStyle::Auto => self.has_protocol(pf::CONFIGURE_MEM_SLOTS),
-            MemStyle::Table => false,
-            MemStyle::Slots => true,
-        };
-        let regions = self.mem.regions();
-        if slots {
-            return regions.iter().try_for_each(|(info, fd)| self.add_region(info, *fd));
-        }
-        let (infos, fds): (Vec<RegionInfo>, Vec<RawFd>) = regions.into_iter().unzip();
-        self.conn.set(req::SET_MEM_TABLE, &mem_table(&infos), &fds)
-    }
-
-    fn add_region(&self, info: &RegionInfo, fd: RawFd) -> Result<()> {
-        self.conn.set(req::ADD_MEM_REG, &one_region(info), &[fd])
-    }
-
-    /// Plugs memory: a new region, told by ADD_MEM_REG or a whole new table. Returns its index.
-    ///
-    /// # Errors
-    /// Any of this crate's.
-    pub fn plug_memory(&mut self, len: usize) -> Result<usize> {
-        let index = self.mem.add_region(len)?;
-        self.plug_region(index)?;
-        Ok(index)
-    }
-
-    /// Tells of a region that was added to [`Client::mem`] at the end.
-    ///
-    /// # Errors
-    /// Any of this crate's.
-    pub fn plug_region(&mut self, index: usize) -> Result<()> {
-        let table =
-            self.opts.mem_style == MemStyle::Table || !self.has_protocol(pf::CONFIGURE_MEM_SLOTS);
-        if table {
-            self.share_memory()
-        } else {
-            let (info, fd) = self.mem.regions().swap_remove(index);
-            self.add_region(&info, fd)
-        }
-    }
-
-    /// Unplugs a region again, by REM_MEM_REG or a whole new table.
-    ///
-    /// # Errors
-    /// Any of this crate's.
-    pub fn unplug_memory(&mut self, index: usize) -> Result<()> {
-        let info = self.mem.remove_region(index).ok_or(Error::OutOfMemory(index))?;
-        let table =
-            self.opts.mem_style == MemStyle::Table || !self.has_protocol(pf::CONFIGURE_MEM_SLOTS);
-        if table {
-            self.share_memory()
-        } else {
-            self.conn.set(req::REM_MEM_REG, &one_region(&info), &[])
-        }
-    }
-
     /// Configures and enables one ring, where it last stood.
     ///
     /// # Errors
@@ -415,28 +241,6 @@ impl Client {
             self.enable_queue(index, true)?;
         }
         Ok(())
-    }
-
-    /// Has the back end log all pages of the guest's memory that it writes, used rings included, from now on. The log is in the memory
-    /// that is returned, one bit a page.
-    ///
-    /// # Errors
-    /// Any of this crate's.
-    pub fn log_dirty(&mut self) -> Result<Arc<GuestMem>> {
-        let end = self.mem.regions().iter().map(|(r, _)| r.gpa + r.len).max().unwrap_or(0);
-        let len = (end / LOG_PAGE / 8 + 1).next_multiple_of(LOG_PAGE);
-        let log = GuestMem::new(1, len as usize)?;
-        self.conn.set_log_base(len, 0, log.regions()[0].1)?;
-        self.conn.set_u64(req::SET_FEATURES, self.acked | F_LOG_ALL)?;
-        for (i, w) in (0..).zip(&self.wiring) {
-            let [desc, avail, used] = w.parts;
-            let mem = self.mem.regions();
-            let of =
-                |(r, _): &&(RegionInfo, RawFd)| (r.user_addr..r.user_addr + r.len).contains(&used);
-            let gpa = mem.iter().find(of).map_or(0, |(r, _)| used - r.user_addr + r.gpa);
-            self.conn.set(req::SET_VRING_ADDR, &vring_addr(i, 1, desc, used, avail, gpa), &[])?;
-        }
-        Ok(log)
     }
 
     /// SET_VRING_ENABLE.

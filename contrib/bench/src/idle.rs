@@ -8,9 +8,9 @@ use vub_client::{Client, Options};
 
 use crate::backend::{Backend, Program};
 use crate::cases;
-use crate::compare::Spread;
 use crate::load::{self, Job, Rw};
 use crate::qcow2::{Image, Kind};
+use crate::results::Spread;
 use crate::usage::{self, Rss, Snapshot};
 
 /// Queues offered when idling: the bar's number.

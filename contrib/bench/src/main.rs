@@ -7,10 +7,17 @@ mod backend;
 mod bars;
 mod cases;
 mod compare;
+mod goals;
+mod guest;
 mod hist;
+mod host;
 mod idle;
 mod load;
+mod many;
+mod peer;
+mod publish;
 mod qcow2;
+mod results;
 mod selftest;
 mod usage;
 
@@ -50,6 +57,12 @@ enum Cmd {
     Compare {
         #[command(flatten)]
         plan: Box<compare::Plan>,
+    },
+    /// Measure everything and write a report: JSON, CSV, SVG plots, an HTML page
+    #[command(args_override_self = true)]
+    Report {
+        #[command(flatten)]
+        options: Box<publish::Options>,
     },
     /// Judge a file written by `compare --json`
     Bars {
@@ -120,6 +133,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Cmd::Run { socket, pid, json, job } => single(&job, json, || run(&socket, pid, &job)),
         Cmd::Compare { plan } => compare::run(&plan),
+        Cmd::Report { options } => publish::run(&options),
         Cmd::Bars { file } => compare::judge_file(&file),
         Cmd::Fake { json, job } => single(&job, json, || selftest::run(&job)),
     };

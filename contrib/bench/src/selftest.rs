@@ -93,6 +93,7 @@ mod tests {
             "--ios 5000 --iodepth 4 --client event --no-indirect",
             "--ios 5000 --iodepth 8 --queues 2 --rw randrw --fsync 3 --no-event-idx --segment 512",
             "--ios 2000 --queues 2 --threads 1 --client event --rw write --bs 64k",
+            "--ios 5000 --rw rw --rwmixread 80 --iodepth 8",
             "--time 0.05 --warmup 0.01 --rw read --bs 128k --segment 4k",
         ] {
             let job = job(line);
@@ -104,6 +105,17 @@ mod tests {
         }
         assert!(job("--iodepth 100 --no-indirect").check().is_err());
         assert!(job("--bs 1000").check().is_err());
+    }
+
+    #[test]
+    fn a_rate_is_kept() {
+        for client in ["poll", "event"] {
+            let line =
+                format!("--rate-iops 1000 --queues 2 --ios 400 --iodepth 4 --client {client}");
+            let report = run(&job(&line)).unwrap();
+            // 200 on each queue, the last of which begins 199 ms after the first; depth 4 may reap later ones for it.
+            assert!(report.ios >= 400 && report.seconds > 0.19, "{line}: {report:?}");
+        }
     }
 
     #[test]

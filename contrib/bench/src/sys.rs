@@ -13,6 +13,12 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+mod perf;
+mod uring;
+
+pub use perf::SyscallCounter;
+pub use uring::{FileRing, open_direct};
+
 /// Most fds taken from one message: the protocol's limit is 8 memory regions, raw tests get more.
 pub const FDS_MAX: usize = 32;
 
@@ -255,6 +261,16 @@ pub fn kill(pid: u32, signal: i32) -> io::Result<()> {
     let pid = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
     // SAFETY: no memory is passed.
     check(unsafe { libc::kill(pid, signal) }).map(drop)
+}
+
+/// Sends a signal to the process group that a process leads.
+///
+/// # Errors
+/// The system call's.
+pub fn kill_group(leader: u32, signal: i32) -> io::Result<()> {
+    let leader = libc::pid_t::try_from(leader).map_err(io::Error::other)?;
+    // SAFETY: no memory is passed.
+    check(unsafe { libc::killpg(leader, signal) }).map(drop)
 }
 
 /// Makes a child end when the thread that starts it does: an interrupted run leaves no back end behind.

@@ -36,6 +36,37 @@ pub struct Usage {
     /// Bytes read from devices.
     #[serde(default)]
     pub read_bytes: u64,
+    /// System calls, where they can be counted.
+    #[serde(default)]
+    pub syscalls: Option<u64>,
+}
+
+/// A process watched from a moment on: a snapshot, and a counter of its system calls.
+#[derive(Debug)]
+pub struct Counted {
+    pid: u32,
+    syscalls: Option<sys::SyscallCounter>,
+    first: Snapshot,
+}
+
+impl Counted {
+    /// Begins.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn begin(pid: u32) -> io::Result<Self> {
+        let syscalls = sys::SyscallCounter::new(pid).ok();
+        Ok(Self { pid, syscalls, first: Snapshot::take(pid)? })
+    }
+
+    /// What happened since.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn end(&self) -> io::Result<Usage> {
+        let syscalls = self.syscalls.as_ref().and_then(|s| s.count().ok());
+        Ok(Usage { syscalls, ..self.first.until(&Snapshot::take(self.pid)?) })
+    }
 }
 
 /// Resident memory in KiB.

@@ -6,7 +6,7 @@
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_blk as vb;
 use vub_client::blk::HEADER_LEN;
@@ -77,6 +77,10 @@ pub struct Lane {
     /// Requests that fit a block: more than one with `--stride`.
     places: u64,
     indirect: bool,
+    /// Between two requests of `--rate-iops`; 0: none.
+    interval_ns: u64,
+    /// When the next one may begin.
+    due_ns: u64,
 }
 
 fn len32(len: u64) -> u32 {
@@ -117,7 +121,7 @@ impl Lane {
         });
         // Any odd constant: seeds of queues must differ and not be 0.
         let rng = (job.seed + index).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        let random = !matches!(job.rw, Rw::Read | Rw::Write);
+        let random = !job.rw.is_sequential();
         Ok(Self {
             own,
             slots,
@@ -139,6 +143,8 @@ impl Lane {
             sectors: job.bs / 512,
             places: job.unit() / job.bs,
             indirect: queue.indirect,
+            interval_ns: 1_000_000_000_u64.checked_div(job.rate_iops).unwrap_or(0),
+            due_ns: 0,
             queue,
         })
     }
@@ -154,6 +160,14 @@ impl Lane {
     /// Nothing in flight, and nothing left to do.
     pub fn done(&mut self) -> bool {
         self.exhausted && self.in_flight() == 0
+    }
+
+    /// How long the lane may sleep if nothing completes: until the next request is due.
+    pub fn patience(&self, base: &Instant) -> Duration {
+        if self.interval_ns == 0 || self.free.is_empty() {
+            return vub_client::TIMEOUT;
+        }
+        Duration::from_nanos(self.due_ns).saturating_sub(base.elapsed())
     }
 
     /// Asks for an interrupt; true when there is something to reap instead.
@@ -174,6 +188,10 @@ impl Lane {
     #[inline]
     pub fn turn(&mut self, base: &Instant, tally: &mut Tally) -> Result<u64> {
         if !self.queue.ring().has_used() {
+            // Paced, it may be time for another one.
+            if self.interval_ns > 0 && !self.free.is_empty() {
+                self.refill(base.elapsed().as_nanos() as u64, tally)?;
+            }
             return Ok(0);
         }
         let now = base.elapsed().as_nanos() as u64;
@@ -181,8 +199,7 @@ impl Lane {
         while let Some(used) = self.queue.ring().pop_used()? {
             let slot = self.complete(used.id)?;
             let Slot { op, start_ns, .. } = self.slots[usize::from(slot)];
-            tally.ops[op] += 1;
-            tally.lat.record(now - start_ns);
+            tally.record(op, now - start_ns);
             n += 1;
         }
         self.since_disarm += n;
@@ -219,7 +236,9 @@ impl Lane {
     /// Fills every free slot, publishes once, kicks if asked.
     #[inline]
     pub fn refill(&mut self, now: u64, tally: &mut Tally) -> Result<()> {
-        while let Some(slot) = self.free.pop() {
+        while self.interval_ns == 0 || now >= self.due_ns {
+            let Some(slot) = self.free.pop() else { break };
+            self.due_ns += self.interval_ns;
             let op = self.choose_op(slot);
             // A slot that finds no block has retired.
             if let Some(block) = self.choose_block(op) {
@@ -284,7 +303,7 @@ impl Lane {
         let write = match self.rw {
             Rw::Read | Rw::RandRead => return READ,
             Rw::Write | Rw::RandWrite => true,
-            Rw::RandRw => (self.random() >> 32) % 100 >= u64::from(self.read_share),
+            Rw::RandRw | Rw::Mixed => (self.random() >> 32) % 100 >= u64::from(self.read_share),
         };
         let flush =
             self.fsync > 0 && self.slots[usize::from(slot)].writes_since_flush >= self.fsync;
@@ -305,7 +324,7 @@ impl Lane {
             let next = order.next();
             self.exhausted = next.is_none();
             next?
-        } else if matches!(self.rw, Rw::Read | Rw::Write) {
+        } else if self.rw.is_sequential() {
             if self.exhausted {
                 return None;
             }
@@ -374,14 +393,15 @@ fn expect(data: &mut [u8], block: u64, generation: u32) {
     }
 }
 
-/// Sleeps until one of the lanes is interrupted; the conductor writes to the eventfd when a device
+/// Sleeps until one of the lanes is interrupted or has a request due; the conductor writes to the eventfd when a device
 /// never does. A blocking read would save a system call, but QSD makes the fd, whose flags both
 /// processes share, non-blocking; so every back end gets poll and read.
-pub fn sleep(lanes: &[Lane]) -> Result<()> {
+pub fn sleep(lanes: &[Lane], base: &Instant) -> Result<()> {
+    let patience = lanes.iter().map(|l| l.patience(base)).min().unwrap_or(vub_client::TIMEOUT);
     let mut fds = [-1; LANES_MAX];
     let fds = fds.get_mut(..lanes.len()).ok_or(Error::RingFull)?;
     fds.iter_mut().zip(lanes).for_each(|(fd, lane)| *fd = lane.queue.call_fd().as_raw_fd());
-    sys::wait_readable(fds, vub_client::TIMEOUT).map_err(|e| Error::Io("poll", e))?;
+    sys::wait_readable(fds, patience).map_err(|e| Error::Io("poll", e))?;
     for lane in lanes {
         match lane.queue.call_fd().read() {
             Err(e) if e.kind() != ErrorKind::WouldBlock => {

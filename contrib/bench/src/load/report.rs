@@ -4,6 +4,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::usage::Usage;
 
+/// Shares of all requests whose latency a report holds, for a distribution's plot.
+pub const SHARES: [f64; 27] = [
+    0.001, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75,
+    0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999, 1.0,
+];
+
 /// What was measured.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Report {
@@ -45,6 +51,13 @@ pub struct Report {
     pub backend_voluntary_per_io: f64,
     /// Involuntary ones.
     pub backend_involuntary_per_io: f64,
+    /// System calls of the back end per request, io_uring's workers included; None when the kernel
+    /// does not count them for us.
+    #[serde(default)]
+    pub backend_syscalls_per_io: Option<f64>,
+    /// The latency below which each of `SHARES` lies.
+    #[serde(default)]
+    pub lat_quantiles_ns: Vec<u64>,
     /// CPUs kept busy by neither client nor back end: compilers, but interrupts and kernel threads
     /// working for the job, too.
     pub foreign_cpus: f64,
