@@ -57,7 +57,8 @@ impl Images {
         Command::new(program).args(args).current_dir(self.dir.path()).output().unwrap()
     }
 
-    /// The bytes locked in an image by whoever, as the kernel lists them.
+    /// The bytes locked in an image by whoever, as the kernel lists them. One that is locked twice is there once: QSD opens a file
+    /// anew for writing before it closes the other.
     fn locked(&self, name: &str) -> Vec<u64> {
         let inode = std::fs::metadata(self.path(name)).unwrap().ino().to_string();
         let mut bytes = vec![];
@@ -70,6 +71,7 @@ impl Images {
             }
         }
         bytes.sort_unstable();
+        bytes.dedup();
         bytes
     }
 }
