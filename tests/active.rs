@@ -6,6 +6,7 @@ mod common;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Value, json};
 use vhost_user_blk::block::Graph;
@@ -13,7 +14,7 @@ use vhost_user_blk::export::Export;
 use vub_client::{Base, Client, Options};
 
 use common::program::Program;
-use common::{MIB, Random, add, config, eventually, small};
+use common::{Disk, MIB, Random, add, config, eventually, small};
 
 const AUTO: &str = ",writable=on,num-queues=2,activate=auto";
 
@@ -308,5 +309,38 @@ impl Drop for Kill {
         if std::thread::panicking() {
             vub_client::sys::kill(self.0, libc::SIGKILL).unwrap_or_default();
         }
+    }
+}
+
+/// A queue that starts finds the nodes open, and they stay open: who closes them meanwhile sees it.
+#[test]
+fn a_queue_starts_while_its_export_comes_and_goes() {
+    let null = json!({"driver": "null-co", "node-name": "root", "size": MIB, "read-zeroes": true});
+    let disk = Disk::auto(null, config());
+    let export = &disk.export;
+    let mut client = disk.connect(Options { queues: 1, ..small() });
+    let done = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        let _done = Done(&done);
+        s.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                // Refused as long as the queue runs.
+                drop(export.deactivate());
+            }
+        });
+        for round in 0..1000 {
+            client.stop_queue(0).unwrap();
+            client.start_queue(0).unwrap();
+            assert!(export.is_active(), "round {round}: a queue runs on nodes that are closed");
+        }
+    });
+}
+
+/// Ends who waits for it, also in a test that fails.
+struct Done<'a>(&'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }

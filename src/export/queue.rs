@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 
+mod rest;
+
 use super::Shared;
 use super::policy::Verdict;
 use super::request::{Action, Disk, Slot, Slow, Transfer, bytes};
@@ -384,73 +386,11 @@ impl Queue {
         None
     }
 
-    /// Keeps a request that failed.
-    fn keep(&mut self, head: u16, slow: Slow, e: Errno) {
-        let slot = &mut self.slots[usize::from(head)];
-        self.held += u32::from(!std::mem::replace(&mut slot.held, true));
-        if matches!(self.state, State::Running) {
-            self.set_state(State::Held);
-            let slot = &self.slots[usize::from(head)];
-            self.shared.report_stop(self.index, &slot.doing, e);
-        }
-        self.retry |= e == Errno::ENOSPC;
-        self.kept.push((head, slow));
-    }
-
     fn set_state(&mut self, state: State) {
         let is_held = |state: &State| u32::from(matches!(state, State::Held));
         self.shared.holding.fetch_add(is_held(&state), Ordering::Relaxed);
         self.shared.holding.fetch_sub(is_held(&self.state), Ordering::Relaxed);
         self.state = state;
-    }
-
-    /// A request that may have been held has been answered.
-    fn let_go(&mut self, head: u16) {
-        if !std::mem::take(&mut self.slots[usize::from(head)].held) {
-            return;
-        }
-        self.held -= 1;
-        if self.held == 0 && matches!(self.state, State::Held) {
-            self.set_state(State::Running);
-            self.shared.report_resume(self.index);
-        }
-    }
-
-    /// Whether something is kept that is worth another try soon.
-    pub fn wants_retry(&self) -> bool {
-        self.retry
-    }
-
-    /// What is to be tried again now.
-    pub fn retry(&mut self) -> Vec<(u16, Slow)> {
-        self.retry = false;
-        std::mem::take(&mut self.kept)
-    }
-
-    /// Nobody waits for better days any more: what is kept has failed.
-    pub fn give_up(&mut self) {
-        for (head, _) in self.retry() {
-            let doing = self.slots[usize::from(head)].doing;
-            log::error!(
-                "export '{}': queue {}: {} of {} bytes at {}: given up",
-                self.shared.id,
-                self.index,
-                doing.what,
-                doing.len,
-                doing.offset
-            );
-            self.finish(head, Status::IoErr);
-            self.let_go(head);
-        }
-    }
-
-    /// The request is nobody's here any more; the tracker says that it is in flight. What it has written to the guest's
-    /// memory may be half of the data.
-    fn leave_in_flight(&mut self, head: u16) {
-        let slot = &mut self.slots[usize::from(head)];
-        self.ring.log_written(slot.data(false));
-        (slot.busy, slot.held) = (false, false);
-        self.in_flight -= 1;
     }
 
     #[inline]
@@ -538,80 +478,6 @@ impl Queue {
         }
     }
 
-    /// Breaks the queue if memory that it shares has been taken away, see [`crate::mem::sigbus`]: what it would go on to log, or
-    /// to track, nobody would hear of.
-    pub fn check_memory(&mut self) {
-        let lost = if self.ring.map().is_lost() {
-            "its memory"
-        } else if self.ring.log_is_lost() {
-            "the dirty log"
-        } else if self.tracker.as_ref().is_some_and(Tracking::is_lost) {
-            "the in-flight region"
-        } else {
-            return;
-        };
-        if matches!(self.state, State::Running) {
-            self.break_ring(&format!("the front end has cut the file of {lost} short"));
-        }
-    }
-
-    fn break_ring(&mut self, why: &str) {
-        log::warn!("export '{}': queue {} is broken: {why}", self.shared.id, self.index);
-        // Whoever waits for the ring to stop waits on for what is in flight.
-        if !matches!(self.state, State::Stopping(..)) {
-            self.set_state(State::Broken);
-        }
-        if let Some(tracker) = &mut self.tracker {
-            tracker.give_up();
-        }
-        if let Some(err) = &self.err {
-            signal(err);
-        }
-    }
-
-    /// Takes no more; once nothing of the guest's memory is in use, `answer` gets the ring's base. Requests stay in flight
-    /// only if a tracker tells our successor of them: without one every stop is [`Stop::Drain`].
-    pub fn stop(&mut self, how: Stop, answer: SyncSender<u32>, reactor: &mut Reactor) {
-        let how = if self.tracker.is_some() { how } else { Stop::Drain };
-        if how == Stop::Drain {
-            self.give_up();
-        }
-        self.set_state(State::Stopping(how, answer));
-        for (head, _) in self.retry() {
-            self.leave_in_flight(head);
-        }
-        if how == Stop::Suspend {
-            if let Some(tracker) = &mut self.tracker {
-                tracker.give_up();
-            }
-            self.cancelled.store(true, Ordering::Relaxed);
-            for (head, slot) in (0..).zip(&self.slots) {
-                if slot.transfer.is_some() {
-                    reactor.cancel(payload(self.index, head));
-                }
-            }
-        }
-    }
-
-    fn is_suspending(&self) -> bool {
-        matches!(self.state, State::Stopping(Stop::Suspend, _))
-    }
-
-    /// Whether nobody waits for the queue's requests any more.
-    pub fn cancelled(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.cancelled)
-    }
-
-    /// If the queue is being stopped and nothing is in flight: who waits, and the ring's base.
-    pub fn stopped(&self) -> Option<(&SyncSender<u32>, u32)> {
-        match &self.state {
-            State::Stopping(_, answer) if self.in_flight == 0 && self.waiting() == 0 => {
-                Some((answer, self.ring.base()))
-            }
-            _ => None,
-        }
-    }
-
     /// Uses another memory map. Nothing may be in flight, unless the new map has all regions of the old.
     pub fn remap(&mut self, map: &Arc<GuestMap>) {
         if self.ring.remap(Arc::clone(map)).is_err() {
@@ -632,6 +498,11 @@ pub fn from_payload(payload: u64) -> (u16, u16) {
 }
 
 /// A descriptor for notifications. It must not block: a worker would wait for whoever holds the other end.
+///
+/// A known limit: the flag belongs to the open file, which the front end shares. One that takes it away again and fills the counter
+/// blocks this worker in write(2): the queues of its own export that the worker serves, for workers are an export's own, but also
+/// whoever waits for the worker (a stop, the end of the program). A duplicate shares the flag, an event cannot be opened anew by
+/// /proc, RWF_NOWAIT is not for events, and asking before each write costs a system call and still races.
 fn notifier(fd: OwnedFd) -> File {
     if let Err(e) = crate::sys::set_nonblocking(fd.as_fd()) {
         log::warn!("a descriptor for notifications: {e}");

@@ -10,20 +10,23 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+mod dirty_log;
+mod rings;
+
 use super::device_state::Transfer;
 use super::hold::Verdict;
 use super::inflight::{self, Area};
 use super::message::*;
 use super::notify::ConfigChange;
 use super::parcel::Parcel;
-use super::ring::{Kick, Ring, duplicate};
+use super::ring::Ring;
 use super::socket::{Channel, End};
 use super::{Device, memory};
 use crate::err;
 use crate::error::Result;
 use crate::mem::map::MAX_REGIONS;
-use crate::mem::{DirtyLog, GuestMap, RingLog};
-use crate::virtio::queue::{is_packed, is_size};
+use crate::mem::{DirtyLog, GuestMap};
+use crate::virtio::queue::is_packed;
 
 /// The protocol features offered. QEMU acknowledges every one that it knows, without asking whether it can serve it:
 /// INBAND_NOTIFICATIONS must never stand here.
@@ -475,280 +478,6 @@ impl Session<'_> {
                 self.start_or_warn(i);
             }
         }
-    }
-}
-
-/// The dirty log ("Migration").
-impl Session<'_> {
-    /// SET_LOG_BASE, also while rings run. Its answer says that the log before is not written any more, and is the
-    /// description of the log: rust-vmm wants those 16 bytes, QEMU any reply. A log that cannot be had leaves none, and QEMU does not
-    /// notice: rings that must log come to rest until there is one, or nothing is to be logged any more. A guest that waits is
-    /// better than one whose copy misses pages.
-    fn set_log(&mut self, m: &mut Message) -> Result<Answer> {
-        let place = m.log_place()?;
-        let log = m.take_fd().and_then(|fd| memory::log(place, fd));
-        let outcome = log.as_ref().map(|_| ()).map_err(|e| err!("{e}"));
-        self.log = Some(log);
-        let lacks = |i: &usize| self.rings[*i].running && self.lacks_log(*i);
-        for i in self.all().filter(lacks).collect::<Vec<_>>() {
-            self.warn(&format!("queue {i}: it must log what it writes, and cannot: it waits"));
-            self.halt(i);
-        }
-        self.switch_log();
-        self.start_wanted();
-        outcome.map(|()| if self.log_is_answered() { Answer::Log(place) } else { Answer::Done })
-    }
-
-    /// "VHOST_USER_SET_LOG_BASE": whether it has a reply in any case.
-    fn log_is_answered(&self) -> bool {
-        self.protocol.contains(Protocol::LOG_SHMFD)
-    }
-
-    fn has_log(&self) -> bool {
-        matches!(self.log, Some(Ok(_)))
-    }
-
-    /// Whether ring `i` is to log data, and where it is to log its used ring.
-    fn logs(&self, i: usize) -> (bool, Option<u64>) {
-        let data = self.features.is_some_and(|f| f & VHOST_F_LOG_ALL != 0);
-        let used = self.rings[i].addr.filter(|a| a.flags & VRING_F_LOG != 0).map(|a| a.log);
-        (data, used)
-    }
-
-    /// What ring `i` is to log now.
-    fn ring_log(&self, i: usize) -> Option<RingLog> {
-        let Some(Ok(log)) = &self.log else { return None };
-        let (data, used) = self.logs(i);
-        (data || used.is_some()).then(|| RingLog { log: Arc::clone(log), data, used })
-    }
-
-    /// Whether ring `i` is to log and its log could not be had. Before any was given nobody asks for one: front ends that never
-    /// migrate accept LOG_ALL, too.
-    fn lacks_log(&self, i: usize) -> bool {
-        matches!(self.log, Some(Err(_))) && self.logs(i) != (false, None)
-    }
-
-    /// Running rings log as is wanted now. They do not stop for it.
-    fn switch_log(&self) {
-        for i in self.all().filter(|i| self.rings[*i].running) {
-            self.device.set_log(queue(i), self.ring_log(i));
-        }
-    }
-}
-
-/// Rings.
-impl Session<'_> {
-    /// Starts ring `i` if it is wanted and does not run.
-    fn start(&mut self, i: usize) -> Result<()> {
-        let log = self.ring_log(i);
-        let ring = &self.rings[i];
-        let Some(features) = self.features.map(|f| f & !OWN) else { return Ok(()) };
-        let can = !self.map.regions().is_empty() && !self.lacks_log(i);
-        if ring.running || !ring.is_wanted() || !can {
-            return Ok(());
-        }
-        self.check_ring(i)?;
-        let ring = &mut self.rings[i];
-        let packed = is_packed(features);
-        let fail = |e: &dyn std::fmt::Display| err!("queue {i}: cannot start: {e}");
-        let mut setup = ring.setup(&self.map, features, log).map_err(|e| fail(&e))?;
-        let area = self.inflight.as_ref();
-        setup.inflight = area.and_then(|area| area.view(queue(i), ring.size, packed));
-        if setup.inflight.is_none() && self.inflight.is_some() {
-            log::warn!("{}: queue {i}: no place in the in-flight region", self.name);
-        }
-        log::debug!("{}: queue {i} starts at {:#x} of {}", self.name, setup.base, ring.size);
-        self.device.start_queue(queue(i), setup).map_err(|e| fail(&e))?;
-        ring.running = true;
-        Ok(())
-    }
-
-    /// Whether a ring like `i` can run in this memory.
-    pub(super) fn check_ring(&self, i: usize) -> Result<()> {
-        let ring = &self.rings[i];
-        if !is_size(ring.size, self.is_packed()) {
-            return Err(err!("queue {i}: {} entries: not a power of two", ring.size));
-        }
-        if !ring.is_mapped(&self.map, self.is_packed()) {
-            return Err(err!("queue {i}: its addresses are not in guest memory"));
-        }
-        Ok(())
-    }
-
-    fn start_or_warn(&mut self, i: usize) {
-        if let Err(e) = self.start(i) {
-            self.warn(e.message());
-        }
-    }
-
-    fn start_wanted(&mut self) {
-        for i in self.all() {
-            self.start_or_warn(i);
-        }
-    }
-
-    /// Stops ring `i` if it runs: no request is in flight afterwards, and the ring knows where to go on.
-    fn halt(&mut self, i: usize) {
-        self.end(i, |device, queue| device.stop_queue(queue));
-    }
-
-    /// Stops ring `i` for a front end that asked for that: as [`Session::halt`], or, if GET_VRING_BASE_INFLIGHT is
-    /// negotiated, at once; then requests may stay in the in-flight region, and no memory of the guest's is in use. That
-    /// feature is about GET_VRING_BASE, but QEMU disables all rings before, and would wait there.
-    fn halt_as_asked(&mut self, i: usize) {
-        if self.protocol.contains(Protocol::GET_VRING_BASE_INFLIGHT) {
-            self.end(i, |device, queue| device.suspend_queue(queue));
-        } else {
-            self.halt(i);
-        }
-    }
-
-    fn end(&mut self, i: usize, stop: impl FnOnce(&dyn Device, u16) -> Option<u32>) {
-        if self.rings[i].running {
-            let base = stop(self.device, queue(i));
-            self.halted(i, base);
-        }
-    }
-
-    fn halted(&mut self, i: usize, base: Option<u32>) {
-        self.rings[i].running = false;
-        match base {
-            Some(base) => self.rings[i].base = Some(base),
-            None => self.warn(&format!("queue {i}: it had stopped by itself")),
-        }
-    }
-
-    /// The same for all: they do not wait for each other.
-    fn halt_all(&mut self) {
-        self.end_all(|device, queues| device.stop_queues(queues));
-    }
-
-    fn end_all(&mut self, stop: impl FnOnce(&dyn Device, &[u16]) -> Vec<Option<u32>>) {
-        let running: Vec<usize> = self.all().filter(|i| self.rings[*i].running).collect();
-        if running.is_empty() {
-            return;
-        }
-        let queues: Vec<u16> = running.iter().map(|i| queue(*i)).collect();
-        let bases = stop(self.device, &queues);
-        for (i, base) in running.into_iter().zip(bases) {
-            self.halted(i, base);
-        }
-    }
-
-    /// What GET_VRING_BASE does, also for a front end that describes a running ring anew without saying so.
-    fn stop(&mut self, i: usize) {
-        self.halt(i);
-        self.rings[i].kick = None;
-    }
-
-    fn get_base(&mut self, state: VringState) -> Result<Answer> {
-        let i = self.ring(state.index)?;
-        self.halt_as_asked(i);
-        self.stop(i);
-        let num = self.rings[i].base(self.is_packed());
-        Ok(Answer::State(VringState { index: state.index, num }))
-    }
-
-    fn set_size(&mut self, state: VringState) -> Result<()> {
-        let i = self.ring(state.index)?;
-        let max = self.device.max_queue_size();
-        // Before the features are known it may be either kind of ring.
-        let may_be =
-            |n| is_size(n, true) && (self.features.is_none() || is_size(n, self.is_packed()));
-        let size = u16::try_from(state.num).ok().filter(|n| may_be(*n) && *n <= max);
-        let size = size.ok_or_else(|| {
-            err!("queue {i}: {} entries: not a power of two, at most {max}", state.num)
-        })?;
-        if self.rings[i].size != size {
-            self.stop_if_running(i, "another size");
-            self.rings[i].size = size;
-        }
-        Ok(())
-    }
-
-    fn set_base(&mut self, state: VringState) -> Result<()> {
-        let i = self.ring(state.index)?;
-        if self.features.is_some() && !self.is_packed() && state.num > u16::MAX.into() {
-            return Err(err!("queue {i}: {:#x} is not an index", state.num));
-        }
-        self.stop_if_running(i, "another base");
-        self.rings[i].base = Some(state.num);
-        Ok(())
-    }
-
-    fn stop_if_running(&mut self, i: usize, why: &str) {
-        if self.rings[i].running {
-            self.warn(&format!("queue {i}: {why} while it runs: it stops until it is kicked"));
-            self.stop(i);
-        }
-    }
-
-    /// SET_VRING_ADDR. On a running ring QEMU sends it with other flags when logging goes on or off; with other
-    /// addresses the ring is drained and goes on there.
-    fn set_addr(&mut self, index: u32, addr: VringAddr) -> Result<()> {
-        let i = self.ring(index)?;
-        let parts = |a: VringAddr| (a.desc, a.avail, a.used);
-        let before = self.rings[i].addr;
-        let ran = self.rings[i].running;
-        if before.map(parts) != Some(parts(addr)) {
-            self.halt(i);
-        }
-        self.rings[i].addr = Some(addr);
-        if before != Some(addr) && self.rings[i].running && self.has_log() {
-            self.device.set_log(queue(i), self.ring_log(i));
-        }
-        // A ring that was kicked before may have lacked this alone. If its memory is still to come, that is no error.
-        if ran || self.rings[i].is_mapped(&self.map, self.is_packed()) {
-            self.start(i)
-        } else {
-            Ok(())
-        }
-    }
-
-    /// SET_VRING_ENABLE. cloud-hypervisor pauses a guest with a 0 alone: then the ring is drained before the answer, and
-    /// a 1 goes on where it stopped.
-    fn enable(&mut self, state: VringState) -> Result<()> {
-        let i = self.ring(state.index)?;
-        match state.num {
-            0 => {
-                self.halt_as_asked(i);
-                self.rings[i].enabled = false;
-                Ok(())
-            }
-            1 => {
-                self.rings[i].enabled = true;
-                self.start(i)
-            }
-            n => Err(err!("queue {i}: {n} is neither 0 nor 1")),
-        }
-    }
-
-    fn set_kick(&mut self, m: &mut Message) -> Result<()> {
-        let (index, fd) = m.vring_fd()?;
-        let i = self.ring(index)?;
-        self.halt(i);
-        self.rings[i].kick = Some(fd.map_or(Kick::Poll, Kick::Event));
-        self.start(i)
-    }
-
-    fn set_call(&mut self, m: &mut Message) -> Result<()> {
-        let (index, fd) = m.vring_fd()?;
-        let i = self.ring(index)?;
-        if self.rings[i].running {
-            self.device.set_call(queue(i), fd.as_ref().map(duplicate).transpose()?);
-        }
-        self.rings[i].call = fd;
-        Ok(())
-    }
-
-    fn set_err(&mut self, m: &mut Message) -> Result<()> {
-        let (index, fd) = m.vring_fd()?;
-        let i = self.ring(index)?;
-        if self.rings[i].running {
-            self.device.set_err(queue(i), fd.as_ref().map(duplicate).transpose()?);
-        }
-        self.rings[i].err = fd;
-        Ok(())
     }
 }
 
