@@ -103,6 +103,15 @@ pub fn access_mode(fd: BorrowedFd<'_>) -> io::Result<(bool, bool)> {
     Ok((either || mode == libc::O_RDONLY, either || mode == libc::O_WRONLY))
 }
 
+/// CLOCK_MONOTONIC, in nanoseconds.
+#[inline]
+pub fn monotonic_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: it writes one timespec, which is ours. It cannot fail: the clock exists on every Linux.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
+}
+
 /// The processors that this process may use. Asked for once: the answer is partly in files, which a sandbox hides.
 pub fn processors() -> usize {
     static COUNT: OnceLock<usize> = OnceLock::new();

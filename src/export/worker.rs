@@ -18,7 +18,7 @@ use super::queue::{Queue, Started, Stop, from_payload, payload};
 use super::request::Slow;
 use crate::error::Errno;
 use crate::mem::{GuestMap, RingLog, sigbus};
-use crate::metrics::{Stopwatch, WorkerMeter};
+use crate::metrics::{Stamp, Stopwatch, WorkerMeter};
 use crate::rt::grace::{Domain, Participant};
 use crate::rt::poll::Policy;
 use crate::rt::{self, Event, Inbox, Installed, Runtime, WaitKind, best_wait_kind};
@@ -37,7 +37,7 @@ const TASKS_PER_TURN: usize = 128;
 static AWAKE: AtomicUsize = AtomicUsize::new(0);
 /// Where workers occupy all processors, a spin that lasts this long lets others have its own in between (`contrib/bench`,
 /// case `null-4q`). Never elsewhere: a thread that yields may be moved to where its guest runs (case `null-d1-event`).
-const YIELD_AFTER: Duration = Duration::from_micros(2);
+const YIELD_AFTER_NS: u64 = 2_000;
 /// How long a ring without a kick descriptor is left alone at most.
 const POLLED_RING_PAUSE: Duration = Duration::from_micros(100);
 
@@ -70,7 +70,7 @@ struct Worker {
     queues: Vec<Queue>,
     policy: Policy,
     /// When the last idle gap ended.
-    busy_since: Instant,
+    busy_since: Stamp,
     clock: Stopwatch,
     meter: Arc<WorkerMeter>,
     /// Of the machine.
@@ -135,7 +135,7 @@ impl Worker {
             grace: Participant::new(grace),
             queues: Vec::new(),
             policy: Policy::new(poll_max_ns),
-            busy_since: clock.last(),
+            busy_since: clock.now(),
             clock,
             meter,
             processors: crate::sys::processors(),
@@ -408,10 +408,10 @@ impl Worker {
     /// Nothing to do: spins for a while, then sleeps.
     fn idle(&mut self) {
         let in_flight = self.rt.reactor.borrow().in_flight();
-        let budget = Duration::from_nanos(self.policy.budget_ns(in_flight));
+        let budget = self.policy.budget_ns(in_flight);
         // At the end of the last turn that did something.
-        let start = self.clock.last();
-        let mut elapsed = Duration::ZERO;
+        let start = self.clock.now();
+        let mut elapsed = 0;
         while elapsed < budget {
             for _ in 0..8 {
                 if self.has_input() {
@@ -420,8 +420,8 @@ impl Worker {
                 }
                 std::hint::spin_loop();
             }
-            elapsed = start.elapsed();
-            if elapsed >= YIELD_AFTER && AWAKE.load(Ordering::Relaxed) >= self.processors {
+            elapsed = Stamp::now().since(start);
+            if elapsed >= YIELD_AFTER_NS && AWAKE.load(Ordering::Relaxed) >= self.processors {
                 // Who should give us work may be waiting for this very processor.
                 std::thread::yield_now();
             }
@@ -441,11 +441,11 @@ impl Worker {
     }
 
     /// Tells the policy of an idle gap that began at `start`.
-    fn observe(&mut self, start: Instant, in_flight: usize, slept: bool) {
+    fn observe(&mut self, start: Stamp, in_flight: usize, slept: bool) {
         self.clock.look();
-        let end = self.clock.last();
-        let busy = nanos(start - std::mem::replace(&mut self.busy_since, end));
-        self.policy.observe(busy, nanos(end - start), in_flight, slept);
+        let end = self.clock.now();
+        let busy_ns = start.since(std::mem::replace(&mut self.busy_since, end));
+        self.policy.observe(busy_ns, end.since(start), in_flight, slept);
     }
 
     #[inline]
@@ -470,8 +470,4 @@ fn spawn(rt: &Runtime, done: &Done, q: &Queue, head: u16, slow: Slow) {
         };
         done.borrow_mut().push((token, slow, result));
     });
-}
-
-fn nanos(d: Duration) -> u64 {
-    u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)
 }
