@@ -127,6 +127,19 @@ impl Ring {
         }
     }
 
+    /// The used ring's entries of the chains from `old` up to `new` have been written. Once for all of them: a bit is set by an
+    /// instruction that locks the bus, and a ring's entries mostly share a page.
+    #[inline]
+    fn log_entries(&self, old: u16, new: u16) {
+        if self.log.is_none() {
+            return;
+        }
+        let (first, count) = (old & (self.size - 1), new.wrapping_sub(old).min(self.size));
+        let behind = count.saturating_sub(self.size - first);
+        self.log_used(4 + 8 * usize::from(first), 8 * u64::from(count - behind));
+        self.log_used(4, 8 * u64::from(behind));
+    }
+
     /// The guest's memory.
     pub fn map(&self) -> &Arc<GuestMap> {
         &self.map
@@ -257,7 +270,6 @@ impl Ring {
             entry.write_volatile(u32::from(head).to_le());
             entry.add(1).write_volatile(len.to_le());
         }
-        self.log_used(4 + 8 * slot, 8);
         self.next_used = self.next_used.wrapping_add(1);
     }
 
@@ -269,6 +281,7 @@ impl Ring {
             return false;
         }
         self.published = new;
+        self.log_entries(old, new);
         self.atomic(self.used, 1).store(new.to_le(), Ordering::Release);
         self.log_used(2, 2);
         // The store of used.idx must be visible before the guest's wish is read (VIRTIO 1.3, 2.7.7.2).

@@ -95,7 +95,8 @@ impl Image {
         match self.kind {
             Kind::Full => {
                 let size = format!("cluster_size={CLUSTER}");
-                let words = ["convert", "-q", "-f", "raw", "-O", "qcow2", "-o", &size];
+                // The jobs before have written zeroes, which `convert` would not allocate clusters for.
+                let words = ["convert", "-q", "-S", "0", "-f", "raw", "-O", "qcow2", "-o", &size];
                 let (data, image) = (data.display().to_string(), Self::path(dir));
                 let image = image.display().to_string();
                 qemu_img(&[&words[..], &[&data, &image]].concat())?;

@@ -48,14 +48,7 @@ pub fn all(results: &Results) -> Vec<Chart> {
                 DEPTHS.iter().map(|d| (format!("depth-{medium}-{d}"), d.to_string())).collect();
             let title = format!("{text}: random reads of 4 KiB, {}", number.1);
             let name = format!("depth-{medium}-{}", number.0);
-            charts.push(over_cases(
-                results,
-                &name,
-                &title,
-                ("requests in flight", &cases),
-                number,
-                false,
-            ));
+            charts.push(over_cases(results, &name, &title, ("requests in flight", &cases), number));
         }
     }
     for (case, text) in [("null-d1-event", "null-co"), ("disk-d1", "disk, O_DIRECT")] {
@@ -67,7 +60,7 @@ pub fn all(results: &Results) -> Vec<Chart> {
                 QUEUES.iter().map(|q| (format!("queues-{medium}-{q}"), q.to_string())).collect();
             let title = format!("{text}: depth 32 per queue, {}", number.1);
             let name = format!("queues-{medium}-{}", number.0);
-            charts.push(over_cases(results, &name, &title, ("queues", &cases), number, false));
+            charts.push(over_cases(results, &name, &title, ("queues", &cases), number));
         }
     }
     for word in ["read", "write"] {
@@ -76,7 +69,7 @@ pub fn all(results: &Results) -> Vec<Chart> {
         let title = format!("page cache: sequential {word}s, 1 queue, depth 32, MB/s");
         let number = ("mb", "MB/s", mb_per_s as Number);
         let x = ("bytes per request", &cases[..]);
-        charts.push(over_cases(results, &format!("seq-{word}"), &title, x, number, false));
+        charts.push(over_cases(results, &format!("seq-{word}"), &title, x, number));
     }
     let mut cases: Vec<(String, String)> = Vec::new();
     for case in results.series.iter().map(|s| &s.case).filter(|c| c.starts_with("q2-")) {
@@ -85,10 +78,15 @@ pub fn all(results: &Results) -> Vec<Chart> {
         }
     }
     for number in [IOPS, CPU] {
-        let (name, title) = (format!("qcow2-{}", number.0), format!("qcow2 by case, {}", number.1));
-        charts.push(over_cases(results, &name, &title, ("", &cases), number, true));
+        charts.push(relative(
+            results,
+            &format!("qcow2-{}", number.0),
+            "qcow2 by case",
+            &cases,
+            number,
+        ));
     }
-    charts.push(other(results));
+    charts.push(relative(results, "cases", "single cases", &other(results), IOPS));
     charts.push(guest(results));
     charts.retain(|c| !c.is_empty());
     charts
@@ -111,7 +109,6 @@ fn over_cases(
     title: &str,
     (axis, cases): (&str, &[(String, String)]),
     (_, unit, number): (&str, &str, Number),
-    bars: bool,
 ) -> Chart {
     let points = |label: &str| {
         let point = |(i, (case, _)): (usize, &(String, String))| {
@@ -126,7 +123,7 @@ fn over_cases(
         title: title.into(),
         x: (Axis::Categories(cases.iter().map(|c| c.1.clone()).collect()), axis.into()),
         y: unit.into(),
-        bars,
+        bars: false,
         lines: lines(results, points),
         foot: foot(results),
     }
@@ -158,25 +155,36 @@ fn latency(results: &Results, case: &str, text: &str) -> Chart {
     }
 }
 
-/// Cases that are on no other plot, relative to A: they have no unit in common.
-fn other(results: &Results) -> Chart {
+/// Cases that are on no other plot.
+fn other(results: &Results) -> Vec<(String, String)> {
     let shown = ["depth-", "queues-", "seq-", "q2-"];
     let mut cases: Vec<&Series> = results.series.iter().filter(|s| s.backend == "A").collect();
     cases.retain(|s| !shown.iter().any(|p| s.case.starts_with(p)));
+    cases.iter().map(|s| (s.case.clone(), s.case.clone())).collect()
+}
+
+/// Bars of cases that have no size in common: relative to the peer, or to ourselves where there is none.
+fn relative(
+    results: &Results,
+    name: &str,
+    title: &str,
+    cases: &[(String, String)],
+    (_, what, number): (&str, &str, Number),
+) -> Chart {
+    let base = if results.series.iter().any(|s| s.backend == "B") { "B" } else { "A" };
     let points = |label: &str| {
-        let point = |(i, a): (usize, &&Series)| {
-            let series = results.find(&a.case, label)?;
-            let y = scaled(series.iops, 1.0 / a.iops.median.max(f64::MIN_POSITIVE));
+        let point = |(i, (case, _)): (usize, &(String, String))| {
+            let (series, one) = (results.find(case, label)?, results.find(case, base)?);
+            let y = scaled(number(series), 1.0 / number(one).median.max(f64::MIN_POSITIVE));
             Some(Point { x: i as f64, y, noisy: series.foreign_cpus.median > QUIET })
         };
         cases.iter().enumerate().filter_map(point).collect()
     };
-    let names = cases.iter().map(|s| s.case.clone()).collect();
     Chart {
-        name: "cases".into(),
-        title: "single cases: IOPS relative to the first".into(),
-        x: (Axis::Categories(names), String::new()),
-        y: "relative IOPS".into(),
+        name: name.into(),
+        title: format!("{title}: {what}, relative to {}", name_of(results, base)),
+        x: (Axis::Categories(cases.iter().map(|c| c.1.clone()).collect()), String::new()),
+        y: "ratio".into(),
         bars: true,
         lines: lines(results, points),
         foot: foot(results),

@@ -3,16 +3,16 @@
 use std::fmt::{Display, Write};
 
 /// Colours of lines and bars, and of text, by class: the picture looks right by itself, in an `<img>` and
-/// inline. Told apart by the colour-blind as well; names are next to the lines.
+/// inline, and where CSS variables are not known. Told apart by the colour-blind as well; names are next to the lines.
 const STYLE: &str = "\
 .bg{fill:#fff}.ink{fill:#1f2328}.dim{fill:#656d76}.grid{stroke:#d8dee4}.axis{stroke:#8c959f}\
-.c0{--c:#0969da}.c1{--c:#cf5a00}.c2{--c:#57606a}.c3{--c:#1a7f37}.c4{--c:#8250df}.c5{--c:#bf3989}\
-.line{fill:none;stroke:var(--c);stroke-width:2}.whisker{stroke:var(--c);stroke-width:1.5;opacity:.6}\
-.dot,.bar{fill:var(--c);stroke:var(--c)}.noisy{fill:#fff}.over{stroke:#1f2328;opacity:.7}\
+.c0{color:#0969da}.c1{color:#cf5a00}.c2{color:#57606a}.c3{color:#1a7f37}.c4{color:#8250df}.c5{color:#bf3989}\
+.line{fill:none;stroke:currentColor;stroke-width:2}.whisker{stroke:currentColor;stroke-width:1.5;opacity:.6}\
+.dot,.bar{fill:currentColor;stroke:currentColor}.noisy{fill:#fff}.over{stroke:#1f2328;opacity:.7}\
 text{font-family:system-ui,sans-serif}\
 @media(prefers-color-scheme:dark){.bg{fill:#0d1117}.ink{fill:#e6edf3}.dim{fill:#9198a1}.grid{stroke:#2d333b}\
-.axis{stroke:#656c76}.c0{--c:#4493f8}.c1{--c:#f0883e}.c2{--c:#9198a1}.c3{--c:#3fb950}.c4{--c:#ab7df8}\
-.c5{--c:#db61a2}.noisy{fill:#0d1117}.over{stroke:#e6edf3}}";
+.axis{stroke:#656c76}.c0{color:#4493f8}.c1{color:#f0883e}.c2{color:#9198a1}.c3{color:#3fb950}.c4{color:#ab7df8}\
+.c5{color:#db61a2}.noisy{fill:#0d1117}.over{stroke:#e6edf3}}";
 
 /// Number of colours.
 pub const COLOURS: usize = 6;
