@@ -49,13 +49,12 @@ impl File {
             && self.inline.allowed()
     }
 
-    /// Whether a transfer that is alone should ask the page cache, here and now.
+    /// Whether a transfer that has nobody to share the engine's costs with should ask the page cache, here and now.
     #[inline]
     pub(super) fn tries_cache(&self, rw: &Rw) -> bool {
         !rw.write
             && rw.len <= inline::LEN_MAX
             && self.request_align == 1
-            && self.engine == Engine::IoUring
             && self.inline.tries_read()
     }
 

@@ -8,8 +8,9 @@
 //! took long goes back to io_uring for a while, longer each time.
 //!
 //! Reads: one that is alone has nobody to share io_uring's costs with, and `preadv2` answers a quarter of a microsecond
-//! sooner (case `depth-page-1`) if the data is in the page cache. RWF_NOWAIT says that it is not; then io_uring reads it, and
-//! the next ones are not tried, more of them each time.
+//! sooner (case `depth-page-1`) if the data is in the page cache. One for the thread pool never has: waking a thread and being
+//! woken costs ten times what the copy does (case `nouring-page-threads`). RWF_NOWAIT says that the data is not there; then the
+//! file's engine reads it, and the next ones are not tried, more of them each time.
 #![forbid(unsafe_code)]
 
 use std::sync::OnceLock;

@@ -72,9 +72,9 @@ pub struct Reactor {
     watches: Slab<Watch>,
     generation: u64,
     in_flight: usize,
-    /// Requests that are done already: written inline, or refused by the kernel.
+    /// Requests that are done already: inline, or refused by the kernel.
     finished: Vec<(u64, i32)>,
-    /// Spent on inline writes since the last reaping.
+    /// Spent on inline transfers since the last reaping.
     inline_time: Duration,
     /// Watches that the kernel has ended by itself: descriptors and tokens.
     rearm: Vec<(RawFd, u64)>,
@@ -131,11 +131,20 @@ impl Reactor {
         if file.prefers_inline(rw) && !self.turn_is_full() {
             return self.do_inline(file, rw, token);
         }
-        if self.in_flight == 1 && file.tries_cache(rw) && self.read_cached(file, rw, token) {
-            return;
-        }
-        if file.engine == Engine::Native {
-            self.open_aio();
+        match file.engine {
+            Engine::IoUring if self.has_uring() => {
+                if self.in_flight == 1 && file.tries_cache(rw) && self.read_cached(file, rw, token)
+                {
+                    return;
+                }
+            }
+            Engine::Native => self.open_aio(),
+            Engine::IoUring | Engine::Threads => {
+                if !self.turn_is_full() && file.tries_cache(rw) && self.read_timed(file, rw, token)
+                {
+                    return;
+                }
+            }
         }
         match (file.engine, &mut self.wait, &mut self.aio) {
             (Engine::IoUring, Wait::Uring(ring), _) => ring.push_rw(rw, token),
@@ -173,6 +182,18 @@ impl Reactor {
         file.inline.observe_read(read.is_some());
         self.finished.extend(read.map(|n| (token, n)));
         read.is_some()
+    }
+
+    /// The same, where such reads may be many.
+    fn read_timed(&mut self, file: &File, rw: &Rw, token: u64) -> bool {
+        let start = Instant::now();
+        let done = self.read_cached(file, rw, token);
+        self.inline_time += start.elapsed();
+        done
+    }
+
+    fn has_uring(&self) -> bool {
+        matches!(self.wait, Wait::Uring(_))
     }
 
     /// Whether this turn has done as much inline as it should: completions first, then more.

@@ -139,6 +139,49 @@ fn requests_in_the_kernel_are_cancelled() {
     assert_eq!((events.len(), reactor.in_flight()), (2, 0));
 }
 
+/// What the page cache has is read on the spot instead of by a thread of the pool; what it has not is read all the same.
+#[test]
+fn cached_reads_do_not_go_to_the_pool() {
+    let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let path = dir.path().join("f");
+    std::fs::write(&path, [7; 8192]).unwrap();
+    for (kind, engine) in [
+        (WaitKind::Uring, Engine::Threads),
+        (WaitKind::Epoll, Engine::Threads),
+        (WaitKind::Epoll, Engine::IoUring),
+    ] {
+        let file = File::new(std::fs::File::open(&path).unwrap().into(), engine, 1, 1);
+        let rt = Runtime::install(kind).unwrap();
+        let buffers = [Buffer::new(4096, 1), Buffer::new(4096, 1)];
+        let iovs = buffers.each_ref().map(|b| [b.iovec()]);
+        let mut events = Vec::new();
+        for (n, cached) in [(0, true), (1, false)] {
+            let mut reactor = rt.reactor.borrow_mut();
+            if !cached {
+                // SAFETY: a call on an open file.
+                let fd = file.fd();
+                let dropped = unsafe {
+                    libc::fsync(fd) + libc::posix_fadvise(fd, 0, 0, libc::POSIX_FADV_DONTNEED)
+                };
+                assert_eq!(dropped, 0);
+            }
+            // SAFETY: file, array and buffer live until the answer has come.
+            let rw = unsafe { Rw::new(&file, false, &iovs[usize::from(!cached)], 4096, false) };
+            // Overlayfs cannot say what is cached.
+            let known = cached && rw.call_cached().is_some();
+            reactor.submit(&file, &rw, n);
+            assert!(reactor.has_events() || !known, "{engine:?} under {kind:?}");
+            drop(reactor);
+            while events.len() <= n as usize {
+                rt.wait();
+                rt.collect(&mut events);
+            }
+            assert_eq!(events[n as usize], Event::Done(n, 4096));
+        }
+        assert!(buffers.iter().all(|b| b.bytes().iter().all(|b| *b == 7)));
+    }
+}
+
 #[test]
 fn only_cancelled_sleepers_wake_early() {
     let ended = Rc::new(RefCell::new(Vec::new()));
