@@ -1,8 +1,8 @@
 //! The size of the disk follows its medium: a raw image or a device that somebody makes longer.
 //!
-//! While rings run it is looked at once a second (and when the operator says so, by SIGUSR1); a disk that cannot become longer
-//! by itself (qcow2, a window of fixed size) is never looked at. The front end is told without waiting for it. A medium that
-//! becomes shorter is an accident: the disk keeps its size.
+//! While rings run it is looked at every six seconds, and at once when the operator says so (SIGUSR1); a disk that cannot become
+//! longer by itself (qcow2, a window of fixed size) is never looked at. The front end is told without waiting for it. A medium
+//! that becomes shorter is an accident: the disk keeps its size.
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::Ordering;
@@ -15,8 +15,9 @@ use crate::block::upkeep::Tend;
 use crate::vhost_user::{ConfigChange, Told};
 use crate::virtio::blk::SECTOR;
 
-/// How often the medium is looked at: a person who made it longer waits no longer than that.
-const PERIOD: Duration = Duration::from_secs(1);
+/// How often the medium is looked at: a person who made it longer waits no longer than that, and an idle disk costs a wake-up in
+/// that time.
+const PERIOD: Duration = Duration::from_secs(6);
 
 impl Tend for Export {
     fn tend(&self) -> IoFuture<'_> {
