@@ -237,8 +237,14 @@ fn set_autoclear(
     kept.set(Autoclear::BITMAPS, header.bitmaps().is_some());
     let wanted = kept | journal;
     if wanted != header.autoclear {
-        rt::block_on(io.set_autoclear(file, wanted))
-            .map_err(|e| Error::from_errno("Could not update qcow2 header", e))?;
+        let vouches = !((wanted ^ header.autoclear) - Autoclear::JOURNAL).is_empty();
+        let set = async {
+            match vouches {
+                true => io.set_autoclear(file, wanted).await,
+                false => io.set_journal(file, wanted).await,
+            }
+        };
+        rt::block_on(set).map_err(|e| Error::from_errno("Could not update qcow2 header", e))?;
     }
     // What it shall be in the end.
     header.autoclear = kept;
