@@ -66,8 +66,20 @@ impl Image {
     /// The slice of `guest` and the index of its entry there.
     pub fn slice_of(&self, guest: GuestOffset) -> (u64, u32) {
         let cluster = guest.0 >> self.geometry.cluster_bits;
-        let entries = u64::from(self.cache.shape().entries);
-        (cluster / entries, (cluster % entries) as u32)
+        let entries = self.cache.shape().entries;
+        (cluster >> entries.trailing_zeros(), (cluster & u64::from(entries - 1)) as u32)
+    }
+
+    /// Where `len` bytes at `guest` are, if they are data of one cluster that is [plain](L2Entry::plain).
+    #[inline]
+    pub fn plain(&self, guest: GuestOffset, len: u64, copied: bool) -> Option<HostOffset> {
+        let inside = self.geometry.in_cluster(guest);
+        if len > self.geometry.cluster_size() - inside {
+            return None;
+        }
+        let (slice, index) = self.slice_of(guest);
+        let host = self.cache.get(slice, index)?.plain(&self.geometry, copied)?;
+        Some(host.plus(inside))
     }
 
     /// The mapping of `guest`'s cluster as far as it can be told without waiting. Takes no lock.
@@ -153,6 +165,9 @@ impl Image {
     /// Fast lane for reads.
     pub fn map_read(&self, offset: u64, len: u64) -> Map<'_> {
         let guest = GuestOffset(offset);
+        if let Some(HostOffset(at)) = self.plain(guest, len, false) {
+            return within(self.data(), at, len);
+        }
         let Some(Ok(mapping)) = self.look_up(guest) else { return Map::Slow };
         let (place, n) = self.extent(mapping, guest, len);
         if n < len {

@@ -100,6 +100,9 @@ impl Image {
     /// The bytes from `guest` on that may be overwritten where they are: their place and how many. Takes no lock.
     /// `None`: none, or it cannot be told without waiting, or somebody's tables are there.
     pub fn in_place(&self, w: &Writing, guest: GuestOffset, len: u64) -> Option<(HostOffset, u64)> {
+        if let Some(host) = self.plain(guest, len, true) {
+            return (!self.is_metadata(w, host, len)).then_some((host, len));
+        }
         let copied = |mapping| matches!(mapping, Mapping::Standard { copied: true, .. });
         let mapping = self.look_up(guest)?.ok().filter(|mapping| copied(*mapping))?;
         match self.extent_of(mapping, guest, len, copied) {
