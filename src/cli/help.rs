@@ -47,7 +47,8 @@ qemu-storage-daemon, processed in order; long options may have one dash or two.
            [,serial=<text>]                at most 20 bytes (vhost_user_blk)
            [,threads=<n>]                  workers (one for each queue, at most one
                                            for each processor of the host)
-           [,poll-max-ns=<n>]              longest busy wait, 0 = none (32768)
+           [,poll-max-ns=<n>]              longest busy wait, 0 = none (32768); up to
+                                           100000 while that pays
            [,activate=start|auto]          auto: image open and locked only while the
                                            guest uses it, for migration (start)
            [,allow-inactive=on|off]        serve a node with active=off: unusable until

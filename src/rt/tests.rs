@@ -141,7 +141,7 @@ fn requests_in_the_kernel_are_cancelled() {
 
 /// What the page cache has is read on the spot instead of by a thread of the pool; what it has not is read all the same.
 #[test]
-fn cached_reads_do_not_go_to_the_pool() {
+fn reads_on_the_spot_do_not_go_to_the_pool() {
     let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
     let path = dir.path().join("f");
     std::fs::write(&path, [7; 8192]).unwrap();

@@ -4,10 +4,10 @@
 //! process. This is the only file of the driver with unsafe code.
 
 #[cfg(not(loom))]
-use std::sync::atomic::AtomicU64;
+pub use std::sync::atomic::AtomicU64;
 
 #[cfg(loom)]
-use loom::sync::atomic::AtomicU64;
+pub use loom::sync::atomic::AtomicU64;
 
 use crate::error::Errno;
 
