@@ -158,8 +158,8 @@ fn reads_on_the_spot_do_not_go_to_the_pool() {
         for (n, cached) in [(0, true), (1, false)] {
             let mut reactor = rt.reactor.borrow_mut();
             if !cached {
-                // SAFETY: a call on an open file.
                 let fd = file.fd();
+                // SAFETY: calls on an open file.
                 let dropped = unsafe {
                     libc::fsync(fd) + libc::posix_fadvise(fd, 0, 0, libc::POSIX_FADV_DONTNEED)
                 };
