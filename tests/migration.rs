@@ -76,6 +76,17 @@ impl Drop for Side {
     }
 }
 
+/// What was written to a file, told when the test fails.
+struct Told(PathBuf);
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}: {:?}", self.0.display(), std::fs::read_to_string(&self.0));
+        }
+    }
+}
+
 /// A conversation with a QEMU.
 struct Qmp(BufReader<UnixStream>);
 
@@ -95,8 +106,9 @@ impl Qmp {
     }
 
     fn ask(&mut self, command: &str, arguments: &Value) -> Value {
-        let request = json!({"execute": command, "arguments": arguments});
-        writeln!(self.0.get_mut(), "{request}").unwrap();
+        // In one piece: QEMU is gone before the line ends that tells it to quit.
+        let request = format!("{}\n", json!({"execute": command, "arguments": arguments}));
+        self.0.get_mut().write_all(request.as_bytes()).unwrap();
         loop {
             let mut line = String::new();
             assert!(self.0.read_line(&mut line).unwrap() > 0, "{command}: the monitor is gone");
@@ -144,6 +156,7 @@ fn a_guest_moves_while_fio_verifies() {
         .env("VUB_FROM", &sides[0].socket)
         .env("VUB_TO", &sides[1].socket);
     let errors = dir.path().join("errors");
+    let _told = [&errors, &sides[0].log, &sides[1].log].map(|path| Told(path.clone()));
     run.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&errors).unwrap());
     let mut guest = run.spawn().unwrap();
     let mut output = BufReader::new(guest.stdout.take().unwrap());
