@@ -14,7 +14,7 @@ use crate::{Options, WRITABLE};
 const DEAD: u32 = 32 << 20;
 
 /// Has each `preadv2` at or behind [`DEAD`] wait for the answer of a supervisor that never comes: the program holds the
-/// supervisor's descriptor itself.
+/// supervisor's descriptor itself. What must not wait (RWF_NOWAIT) is refused, as by NFS and FUSE.
 fn hang(program: &mut Command) {
     let word = |code: u32, value: u32| libc::sock_filter {
         code: u16::try_from(code).unwrap(),
@@ -23,7 +23,7 @@ fn hang(program: &mut Command) {
         k: value,
     };
     let load = |at| word(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, at);
-    // To the last but one word (`then`) or the last.
+    // So many words further if it holds, and if it does not.
     let jump = |how, value, then, or| libc::sock_filter {
         jt: then,
         jf: or,
@@ -32,11 +32,14 @@ fn hang(program: &mut Command) {
     // struct seccomp_data: the call's number at byte 0, its arguments from 16 on.
     let mut filter = [
         load(0),
-        jump(libc::BPF_JEQ, u32::try_from(libc::SYS_preadv2).unwrap(), 0, 3),
+        jump(libc::BPF_JEQ, u32::try_from(libc::SYS_preadv2).unwrap(), 0, 5),
+        load(16 + 5 * 8),
+        jump(libc::BPF_JSET, u32::try_from(libc::RWF_NOWAIT).unwrap(), 4, 0),
         load(16 + 3 * 8),
         jump(libc::BPF_JGE, DEAD, 0, 1),
         word(libc::BPF_RET, libc::SECCOMP_RET_USER_NOTIF),
         word(libc::BPF_RET, libc::SECCOMP_RET_ALLOW),
+        word(libc::BPF_RET, libc::SECCOMP_RET_ERRNO | u32::try_from(libc::EOPNOTSUPP).unwrap()),
     ];
     let apply = move || {
         let program = libc::sock_fprog {
