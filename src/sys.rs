@@ -68,8 +68,13 @@ pub fn effective_uid() -> u32 {
 /// ENOSPC, and what else the kernel says.
 pub fn allocate(file: &File, len: u64) -> io::Result<()> {
     let len = libc::off_t::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
-    // SAFETY: an open file; no memory is passed.
-    check(unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, len) }).map(drop)
+    loop {
+        // SAFETY: an open file; no memory is passed.
+        match check(unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, len) }) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            done => return done.map(drop),
+        }
+    }
 }
 
 /// Sets the file mode creation mask.

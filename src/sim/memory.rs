@@ -17,10 +17,10 @@ pub struct Memory {
     states: Rc<RefCell<Vec<(Time, State)>>>,
 }
 
-/// The journal's bytes, and what it was at each moment. No bytes: there was none.
+/// The journal's bytes, without the zeroes at its end, its length, and what it was at each moment. No bytes: there was none.
 #[derive(Clone, Default)]
 pub struct Kept {
-    bytes: Option<(PathBuf, Vec<u8>)>,
+    bytes: Option<(PathBuf, Vec<u8>, u64)>,
     states: Vec<(Time, State)>,
 }
 
@@ -59,8 +59,12 @@ impl Memory {
     /// The journal as it is; its records are those of the whole time since [`Memory::watch`], if it was never full.
     pub fn keep(&self) -> Kept {
         let bytes = self.journal().map(|path| {
-            let bytes = fs::read(&path).expect("it was listed");
-            (path, bytes)
+            let mut bytes = fs::read(&path).expect("it was listed");
+            let len = bytes.len() as u64;
+            // Most of it is a hole.
+            let used = bytes.iter().rposition(|b| *b != 0).map_or(0, |last| last + 1);
+            bytes.truncate(used);
+            (path, bytes, len)
         });
         Kept { bytes, states: Vec::new() }
     }
@@ -78,9 +82,11 @@ impl Memory {
         if let Some(path) = self.journal() {
             fs::remove_file(path).expect("it was listed");
         }
-        let Some((Kept { bytes: Some((path, bytes)), states }, time)) = kept else { return };
+        let Some((Kept { bytes: Some((path, bytes, len)), states }, time)) = kept else { return };
         let state = states.iter().take_while(|(at, _)| *at <= time).last();
         fs::write(path, bytes).expect("there is room");
+        let file = fs::OpenOptions::new().write(true).open(path);
+        file.and_then(|file| file.set_len(*len)).expect("it can be written");
         watch::rewind(path, state.map_or(State::default(), |(_, state)| *state))
             .expect("it can be written");
     }

@@ -2,6 +2,7 @@
 //! again everything goes on.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use vub_client::{Client, Status};
@@ -13,13 +14,13 @@ use super::bed::{How, assert_clean, assert_same, connect, is_dirty, read_all, st
 use super::model::stamps;
 
 /// A file system of its own, with little room; unmounted when dropped. Mounting needs root.
-struct SmallFs {
+pub struct SmallFs {
     dirs: Dirs,
     _image: tempfile::NamedTempFile,
 }
 
 impl SmallFs {
-    fn new(kind: &str, size: u64) -> SmallFs {
+    pub fn new(kind: &str, size: u64) -> SmallFs {
         let (dirs, image) = (Dirs::new(), tempfile::NamedTempFile::new().unwrap());
         image.as_file().set_len(size).unwrap();
         let mut mount = Command::new("mount");
@@ -33,6 +34,10 @@ impl SmallFs {
         }
         assert!(mount.arg(dirs.0.path()).status().unwrap().success(), "mounting a {kind}");
         SmallFs { dirs, _image: image }
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dirs.0.path()
     }
 }
 

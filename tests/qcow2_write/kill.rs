@@ -1,6 +1,8 @@
 //! The program is killed under load, again and again on the same image: all that was acknowledged stays, the image has leaks at
 //! most, and the next program opens it and goes on.
 
+use std::fs::OpenOptions;
+use std::process::Command;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -13,6 +15,7 @@ use crate::tools::Dirs;
 use super::bed::{
     How, assert_clean, assert_same, check, connect, gentle, is_dirty, number, read_all, seed, start,
 };
+use super::full::SmallFs;
 use super::model::{Load, Model, Stop};
 use super::stress::Image;
 
@@ -162,6 +165,50 @@ fn subclusters() {
 fn lazy_refcounts() {
     let options = "lazy_refcounts=on,cluster_size=4k";
     kill_often(Image { options, cluster: 4096, overlay: false, size: SIZE }, THREADS);
+}
+
+/// Where the journal is, there is no memory for more than its beginning: the image is flushed more often, and nothing is lost.
+#[test]
+fn a_journal_that_cannot_grow() {
+    const CHUNK: usize = 1 << 20;
+    const SIZE: u64 = 48 << 20;
+    let dirs = Dirs::new();
+    dirs.create("a", "cluster_size=4k,refcount_bits=1", &["48M"]);
+    let state = SmallFs::new("tmpfs", 256 << 10);
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let said = || std::fs::read_to_string(log.path()).unwrap();
+    let start = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-blk"));
+        command.stderr(OpenOptions::new().append(true).open(log.path()).unwrap());
+        let node = serde_json::json!({
+            "driver": "qcow2", "node-name": "root",
+            "file": {"driver": "file", "filename": dirs.path("a")},
+        });
+        let exports = [("root", ",writable=on")];
+        Program::run(command, &[node.to_string()], &exports, Some(state.path()))
+    };
+    let program = start();
+    let mut client = connect(&program, 1);
+    let chunk = |n: usize| vec![u8::try_from(n + 1).unwrap(); CHUNK];
+    let places = || (0..).zip((0..SIZE).step_by(CHUNK));
+    for (n, at) in places() {
+        client.queue(0).write(at / 512, &chunk(n)).unwrap();
+    }
+    let growth = said();
+    assert_eq!(growth.matches("cannot grow: No space left").count(), 1, "{growth}");
+    program.kill();
+    drop(client);
+    let program = start();
+    let mut client = connect(&program, 1);
+    for (n, at) in places() {
+        let mut got = vec![0; CHUNK];
+        client.queue(0).read(at / 512, &mut got).unwrap();
+        assert!(got == chunk(n), "the chunk at {at}");
+    }
+    assert!(said().contains("entries are restored"), "{}", said());
+    drop(client);
+    assert!(program.terminate().success());
+    assert_clean(&dirs, "a", "after the end");
 }
 
 /// Counting the refcounts of such an image takes seconds: a successor makes do with what the journal speaks of.

@@ -11,6 +11,9 @@
 //! * `head` moves only when a flush has succeeded, to where `tail` was when that flush took its copies: what was recorded
 //!   meanwhile stays. So the disk has, for each place, a word that some record left here knows.
 //! * Without room nothing changes: whoever wants to change an entry flushes first. If flushes fail, so do such writes.
+//! * No store is into a part of the file that is not allocated: the machine may have no memory left, which a store cannot be told.
+//!   The file is allocated as it is needed, from the front; a journal that has become empty begins there again. So one of an
+//!   image that is flushed now and then stays small, and opening one costs 48 pages, not 1537.
 //! * The journal is of one state of one image: the image says so, by a number in autoclear feature bits that the format
 //!   reserves ([`Autoclear::JOURNAL`](super::header::Autoclear::JOURNAL)). Whoever writes to an image and does not know such a
 //!   bit clears it: QEMU does as soon as it opens the image for writing. Then the words here are of the past, and refused.
@@ -30,7 +33,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 mod sweep;
@@ -40,10 +43,10 @@ pub use sweep::sweep;
 use super::arena::Arena;
 use super::write::mutation::{Mutation, broken};
 
-/// "VUBJRNL1".
-const MAGIC: u64 = 0x5655_424a_524e_4c31;
-/// Records that there is room for; the file is fully allocated, so that no store in it can fail. When half of them are there, a
-/// flush begins: with an eighth of this, filling a new image took twice as long (`vub-bench compare --cases q2-fresh-write`).
+/// "VUBJRNL2".
+const MAGIC: u64 = 0x5655_424a_524e_4c32;
+/// Records that there may be. When half of them are there, a flush begins: with an eighth of this, filling a new image took
+/// twice as long (`vub-bench compare --cases q2-fresh-write`).
 pub const RECORDS: u64 = 1 << 18;
 /// Where the records begin, in words; the places of the fields before.
 const FIRST: usize = 512;
@@ -58,10 +61,14 @@ const TAIL: usize = 9;
 const BORN: usize = 10;
 const STATE: usize = 11;
 const PATH_LEN: usize = 12;
+/// Record `n` is the one `n - BASE` from the front on.
+const BASE: usize = 13;
 const PATH: usize = 16;
 const WORDS: usize = FIRST + RECORDS as usize * 3;
-/// The most entries that are changed at once: a change of so many fits as soon as there is nothing else.
-pub const AT_ONCE: u64 = RECORDS / 4;
+/// The most entries that are changed at once. A change of so many fits as soon as there is nothing else, [`FLOOR`] or not.
+pub const AT_ONCE: u64 = 1 << 12;
+/// For so many records the file is allocated from the beginning, and then for so many more each time.
+const FLOOR: u64 = 2 * AT_ONCE;
 /// For how long somebody who is about to end may keep the file.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Set in the place of an L1 entry, with its index; else the place is a byte offset in the file.
@@ -98,7 +105,11 @@ pub struct Journal {
     map: Arena,
     path: PathBuf,
     /// Locked.
-    _file: File,
+    file: File,
+    /// For how many records, from the front on, the file is allocated.
+    allocated: AtomicU64,
+    /// There was no room for more, and somebody was told.
+    stunted: AtomicBool,
 }
 
 /// What a predecessor has left.
@@ -172,7 +183,7 @@ impl Journal {
             std::os::unix::fs::fchown(&file, user, group)?;
         }
         let left = if meta.len() == 0 { Ok(None) } else { read(&file, meta.len(), of) };
-        if let Err(e) = crate::sys::allocate(&file, WORDS as u64 * 8) {
+        if let Err(e) = crate::sys::allocate(&file, bytes_for(FLOOR)) {
             // A part of it may be there: somebody else needs that room more.
             if meta.len() == 0 {
                 fs::remove_file(&path)?;
@@ -181,7 +192,8 @@ impl Journal {
         }
         file.set_len(WORDS as u64 * 8)?;
         let map = Arena::shared(&file, WORDS).map_err(|e| io::Error::from_raw_os_error(e.0))?;
-        Ok((Journal { map, path, _file: file }, left))
+        let (allocated, stunted) = (FLOOR.into(), false.into());
+        Ok((Journal { map, path, file, allocated, stunted }, left))
     }
 
     /// Keeps a copy of what cannot be used, for whoever wants to know.
@@ -233,6 +245,7 @@ impl Journal {
             of.state,
         ];
         (BOOT..).zip(fields).for_each(|(at, value)| self.set(at, value));
+        self.set(BASE, 0);
         self.beat();
         self.set(0, MAGIC);
         watch::changed(self, true);
@@ -263,29 +276,57 @@ impl Journal {
         watch::changed(self, false);
     }
 
-    /// How many records there is room for.
-    pub fn room(&self) -> u64 {
-        RECORDS - (self.word(TAIL) - self.word(HEAD))
+    /// How many records there are.
+    pub fn len(&self) -> u64 {
+        self.word(TAIL) - self.word(HEAD)
     }
 
     /// Whether there are no records.
     pub fn is_empty(&self) -> bool {
-        self.room() == RECORDS
+        self.len() == 0
+    }
+
+    /// Whether there is room for `count` records more; makes it if the file can grow.
+    pub fn has_room(&self, count: u64) -> bool {
+        // The first that is not allocated is reached in the first round only: all are when it begins anew at the front.
+        let end = (self.word(TAIL) - self.word(BASE) + count).min(RECORDS);
+        self.len() + count <= RECORDS && (end <= self.allocated() || self.grow(end))
+    }
+
+    fn allocated(&self) -> u64 {
+        self.allocated.load(Ordering::Relaxed)
+    }
+
+    fn grow(&self, end: u64) -> bool {
+        let size = end.next_multiple_of(FLOOR).min(RECORDS);
+        let done = crate::sys::allocate(&self.file, bytes_for(size));
+        match &done {
+            Ok(()) => self.allocated.store(size, Ordering::Relaxed),
+            Err(e) if !self.stunted.swap(true, Ordering::Relaxed) => {
+                let path = self.path.display();
+                log::warn!("qcow2: {path} cannot grow: {e}; the image is flushed more often");
+            }
+            Err(_) => {}
+        }
+        done.is_ok()
     }
 
     /// Adds records, all or none of which count if the process dies.
     ///
     /// # Panics
-    /// Without room for them.
+    /// Without room for them: [`Journal::has_room`].
     pub fn append(&self, records: impl Iterator<Item = Record>) {
-        let (mut tail, end) = (self.word(TAIL), self.word(HEAD) + RECORDS);
+        let (mut tail, base) = (self.word(TAIL), self.word(BASE));
+        let end = match self.allocated() {
+            RECORDS => self.word(HEAD) + RECORDS,
+            allocated => base + allocated,
+        };
         if broken(Mutation::TailFirst) {
             self.set(TAIL, tail + 1);
         }
         for Record { place, old, new } in records {
             assert!(tail < end, "the caller has looked for room");
-            let at = FIRST + (tail % RECORDS) as usize * 3;
-            (at..).zip([place, old, new]).for_each(|(at, word)| self.set(at, word));
+            (slot(tail, base)..).zip([place, old, new]).for_each(|(at, word)| self.set(at, word));
             tail += 1;
         }
         self.beat();
@@ -301,6 +342,10 @@ impl Journal {
     /// Everything before `mark` is on disk.
     pub fn forget(&self, mark: u64) {
         self.set(HEAD, mark);
+        // One store, which means nothing while there are no records.
+        if self.is_empty() && !watch::is_on() {
+            self.set(BASE, mark);
+        }
         self.beat();
         watch::changed(self, false);
     }
@@ -336,6 +381,16 @@ pub fn is_waiting(dir: &Path, of: &Identity) -> bool {
     lock(&file, PATIENCE / 10).is_ok()
         && (meta.len() > 0 && is_ours(&meta))
         && matches!(read(&file, meta.len(), of), Ok(Some(_)))
+}
+
+/// How long the file is with so many records.
+const fn bytes_for(records: u64) -> u64 {
+    (FIRST as u64 + records * 3) * 8
+}
+
+/// Where record `n` is, in words.
+const fn slot(n: u64, base: u64) -> usize {
+    FIRST + (n.wrapping_sub(base) % RECORDS) as usize * 3
 }
 
 fn path_in(dir: &Path, of: &Identity) -> PathBuf {
@@ -384,7 +439,7 @@ fn parse(words: &[u64], of: &Identity) -> Result<Option<Left>, String> {
         _ => return Err(format!("records {head} to {tail} cannot be")),
     }
     let record = |n: u64| {
-        let at = FIRST + (n % RECORDS) as usize * 3;
+        let at = slot(n, words[BASE]);
         Record { place: words[at], old: words[at + 1], new: words[at + 2] }
     };
     let records = (head..tail).map(record).collect();
@@ -398,6 +453,11 @@ pub mod watch;
 mod watch {
     #[inline]
     pub(super) const fn changed(_: &super::Journal, _: bool) {}
+
+    #[inline]
+    pub(super) const fn is_on() -> bool {
+        false
+    }
 }
 
 #[cfg(test)]

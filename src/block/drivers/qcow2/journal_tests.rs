@@ -22,11 +22,11 @@ fn what_was_not_forgotten_is_left() {
     journal.start(&OF);
     // Around the ring's end, more than once.
     for round in 0..5 {
-        journal.append((0..RECORDS / 2).map(record));
+        append(&journal, RECORDS / 2, 0);
         let mark = journal.mark();
-        journal.append((0..3).map(|n| record(n + round)));
+        append(&journal, 3, round);
         journal.forget(mark);
-        assert_eq!(journal.room(), RECORDS - 3);
+        assert_eq!(journal.len(), 3);
         journal.forget(if round < 4 { journal.mark() } else { mark });
     }
     assert!(Journal::open(dir.path(), &OF).is_err(), "somebody has it");
@@ -41,6 +41,52 @@ fn what_was_not_forgotten_is_left() {
     assert!(is_waiting(dir.path(), &OF) && !is_waiting(dir.path(), &Identity { id: (1, 1), ..OF }));
     let _held = opened(dir.path(), &OF);
     assert!(!is_waiting(dir.path(), &OF), "somebody has it");
+}
+
+/// How much of the machine's memory (or disk) the file takes, in bytes.
+fn taken(journal: &Journal) -> u64 {
+    journal.file.metadata().unwrap().blocks() * 512
+}
+
+fn append(journal: &Journal, count: u64, first: u64) {
+    assert!(journal.has_room(count));
+    journal.append((first..first + count).map(record));
+}
+
+#[test]
+fn it_grows_with_what_is_in_it_and_begins_anew_when_that_is_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (journal, _) = opened(dir.path(), &OF);
+    journal.start(&OF);
+    let small = bytes_for(FLOOR) + 4096;
+    for round in 0..4 * RECORDS / FLOOR {
+        append(&journal, FLOOR - 1, round);
+        journal.forget(journal.mark());
+        assert!(taken(&journal) <= small, "round {round}: {}", taken(&journal));
+    }
+    // As much as there may be; with a beginning that is not the file's.
+    append(&journal, 2, 0);
+    journal.forget(journal.mark() - 1);
+    (0..RECORDS / FLOOR - 1).for_each(|n| append(&journal, FLOOR, n * FLOOR));
+    append(&journal, FLOOR - 1, RECORDS - FLOOR);
+    assert!(!journal.has_room(1) && journal.len() == RECORDS);
+    assert!(taken(&journal) >= bytes_for(RECORDS));
+    let mark = journal.mark();
+    journal.forget(mark - 3);
+    append(&journal, 5, RECORDS);
+    drop(journal);
+    let found = left(dir.path(), &OF).unwrap().unwrap().records;
+    let want = (RECORDS - 4..RECORDS - 1).chain(RECORDS..RECORDS + 5);
+    assert_eq!(found, want.map(record).collect::<Vec<_>>());
+}
+
+#[test]
+#[should_panic(expected = "looked for room")]
+fn nothing_is_stored_where_nothing_is_allocated() {
+    let dir = tempfile::tempdir().unwrap();
+    let (journal, _) = opened(dir.path(), &OF);
+    journal.start(&OF);
+    journal.append((0..=FLOOR).map(record));
 }
 
 #[test]

@@ -35,6 +35,11 @@ pub fn image() -> Option<PathBuf> {
     WATCHER.with_borrow(|watched| watched.as_ref().map(|(image, _)| image.clone()))
 }
 
+/// Whether somebody will want to know what records there were at a moment of the past: then none is overwritten.
+pub(super) fn is_on() -> bool {
+    WATCHER.with_borrow(Option::is_some)
+}
+
 pub(super) fn changed(journal: &super::Journal, started: bool) {
     let watcher = WATCHER.with_borrow(|w| w.as_ref().map(|(_, watcher)| Rc::clone(watcher)));
     let [head, tail] = [super::HEAD, super::TAIL].map(|at| journal.word(at));

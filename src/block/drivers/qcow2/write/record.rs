@@ -72,7 +72,7 @@ impl Image {
     pub fn count_journal(&self) {
         let log = self.writing.as_ref().and_then(|w| w.journal.as_ref());
         if let Some(log) = log {
-            self.meter.journal.set(RECORDS - log.journal.room());
+            self.meter.journal.set(log.journal.len());
             self.meter.journal_room.set(RECORDS);
         }
     }
@@ -80,11 +80,10 @@ impl Image {
     /// Whether a change of so many entries can be recorded; only a flush makes room. With the `Meta` lock held.
     pub fn can_record(&self, w: &Writing, entries: usize) -> bool {
         let Some(log) = &w.journal else { return true };
-        let room = log.journal.room();
-        if room < RECORDS / 2 && !w.hurry.swap(true, Ordering::Relaxed) {
+        if log.journal.len() > RECORDS / 2 && !w.hurry.swap(true, Ordering::Relaxed) {
             self.tend_at(w, Instant::now());
         }
-        room >= 2 * entries as u64
+        log.journal.has_room(2 * entries as u64)
     }
 
     /// Changes entries of a cached slice, recorded before anybody sees them. Whether the slice is cached. With the `Meta` lock
