@@ -55,10 +55,29 @@ pub struct Chart {
     pub y: String,
     /// Bars, not lines.
     pub bars: bool,
+    /// Ratios: bars begin at one, twice as much is as far from there as half as much.
+    pub ratios: bool,
     /// What is drawn.
     pub lines: Vec<Line>,
     /// Machine, kernel, versions, date, command line.
     pub foot: Vec<String>,
+}
+
+/// The vertical axis.
+struct Scale {
+    /// From the lowest to the highest.
+    ticks: Vec<f64>,
+    /// Where bars begin. Other than 0: the scale is logarithmic.
+    base: f64,
+}
+
+impl Scale {
+    fn at(&self, value: f64) -> f64 {
+        let [.., above, below] = AREA;
+        let place = |v: f64| if self.base > 0.0 { v.max(f64::MIN_POSITIVE).log2() } else { v };
+        let (low, high) = (place(self.ticks[0]), place(self.ticks[self.ticks.len() - 1]));
+        below - (below - above) * ((place(value) - low) / (high - low)).clamp(0.0, 1.0)
+    }
 }
 
 /// A number with few digits: 950, 12.5k, 3.2M.
@@ -138,17 +157,13 @@ impl Chart {
         let mut svg = Svg::new(WIDTH, height, &self.title);
         svg.text("ink", 17, Anchor::Start, [16.0, 26.0], 0, &self.title);
         self.legend(&mut svg);
-        let largest = self.lines.iter().flat_map(|l| &l.points).map(|p| p.y.max.max(p.y.median));
-        let largest = largest.fold(0.0, f64::max);
-        let step = step(largest);
-        let top = (largest / step).ceil().max(1.0) * step;
-        let y_at = |value: f64| AREA[3] - (AREA[3] - AREA[2]) * (value / top).clamp(0.0, 1.0);
-        self.axes(&mut svg, step, top, &y_at, slanted);
+        let scale = self.scale();
+        self.axes(&mut svg, &scale, slanted);
         for (i, line) in self.lines.iter().enumerate() {
             if self.bars {
-                self.draw_bars(&mut svg, i, line, &y_at);
+                self.draw_bars(&mut svg, i, line, &scale);
             } else {
-                self.draw_line(&mut svg, line, &y_at);
+                self.draw_line(&mut svg, line, &scale);
             }
         }
         for (i, line) in foot.iter().enumerate() {
@@ -156,6 +171,20 @@ impl Chart {
             svg.text("dim", 10, Anchor::Start, [16.0, y], 0, line);
         }
         svg.finish()
+    }
+
+    fn scale(&self) -> Scale {
+        let all = || self.lines.iter().flat_map(|l| &l.points).map(|p| p.y);
+        let largest = all().map(|y| y.max.max(y.median)).fold(0.0, f64::max);
+        if self.ratios {
+            let smallest = all().map(|y| y.min.min(y.median)).filter(|y| *y > 0.0);
+            let low = smallest.fold(0.5, f64::min).log2().floor() as i32;
+            let high = largest.max(2.0).log2().ceil() as i32;
+            return Scale { ticks: (low..=high).map(|n| 2_f64.powi(n)).collect(), base: 1.0 };
+        }
+        let step = step(largest);
+        let steps = (largest / step).ceil().max(1.0) as u32;
+        Scale { ticks: (0..=steps).map(|n| f64::from(n) * step).collect(), base: 0.0 }
     }
 
     fn legend(&self, svg: &mut Svg) {
@@ -168,15 +197,15 @@ impl Chart {
         }
     }
 
-    fn axes(&self, svg: &mut Svg, step: f64, top: f64, y_at: &dyn Fn(f64) -> f64, slanted: bool) {
+    fn axes(&self, svg: &mut Svg, scale: &Scale, slanted: bool) {
         let [left, right, above, bottom] = AREA;
-        for i in 0..=(top / step).round() as u32 {
-            let value = f64::from(i) * step;
-            let y = y_at(value);
+        for value in &scale.ticks {
+            let y = scale.at(*value);
             svg.line("grid", [left, y], [right, y]);
-            svg.text("dim", 11, Anchor::End, [left - 6.0, y + 4.0], 0, &short(value));
+            svg.text("dim", 11, Anchor::End, [left - 6.0, y + 4.0], 0, &short(*value));
         }
-        svg.line("axis", [left, bottom], [right, bottom]);
+        let base = scale.at(scale.base);
+        svg.line("axis", [left, base], [right, base]);
         let middle = [20.0, f64::midpoint(above, bottom)];
         svg.text("dim", 12, Anchor::Middle, middle, -90, &self.y);
         let mut tick = |x: f64, text: &str| {
@@ -206,10 +235,10 @@ impl Chart {
         svg.text("dim", 12, Anchor::Middle, [f64::midpoint(left, right), y], 0, &self.x.1);
     }
 
-    fn draw_line(&self, svg: &mut Svg, line: &Line, y_at: &dyn Fn(f64) -> f64) {
+    fn draw_line(&self, svg: &mut Svg, line: &Line, scale: &Scale) {
         let colour = format!("c{}", line.colour % COLOURS);
         let points: Vec<[f64; 2]> =
-            line.points.iter().map(|p| [self.at(p.x), y_at(p.y.median)]).collect();
+            line.points.iter().map(|p| [self.at(p.x), scale.at(p.y.median)]).collect();
         svg.path(&format!("line {colour}"), &points);
         // A curve of many points needs no dots.
         if matches!(self.x.0, Axis::Log(..)) {
@@ -217,29 +246,29 @@ impl Chart {
         }
         for (point, at) in line.points.iter().zip(points) {
             let whisker = format!("whisker {colour}");
-            svg.line(&whisker, [at[0], y_at(point.y.min)], [at[0], y_at(point.y.max)]);
+            svg.line(&whisker, [at[0], scale.at(point.y.min)], [at[0], scale.at(point.y.max)]);
             let noisy = if point.noisy { " noisy" } else { "" };
             svg.dot(&format!("dot {colour}{noisy}"), at, &tip(&line.name, point));
         }
     }
 
-    fn draw_bars(&self, svg: &mut Svg, index: usize, line: &Line, y_at: &dyn Fn(f64) -> f64) {
+    fn draw_bars(&self, svg: &mut Svg, index: usize, line: &Line, scale: &Scale) {
         let Axis::Categories(names) = &self.x.0 else { return };
         let group = 0.8 * (AREA[1] - AREA[0]) / names.len().max(1) as f64;
         let width = group / self.lines.len().max(1) as f64;
         for point in &line.points {
             let left = self.at(point.x) - group / 2.0 + width * index as f64;
-            let y = y_at(point.y.median);
+            let (y, base) = (scale.at(point.y.median), scale.at(scale.base));
             let noisy = if point.noisy { " noisy" } else { "" };
             let class = format!("bar c{}{noisy}", line.colour % COLOURS);
             svg.rect(
                 &class,
-                [left + 1.0, y],
-                [(width - 2.0).max(1.0), AREA[3] - y],
+                [left + 1.0, y.min(base)],
+                [(width - 2.0).max(1.0), (base - y).abs().max(1.0)],
                 &tip(&line.name, point),
             );
             let x = left + width / 2.0;
-            svg.line("over", [x, y_at(point.y.min)], [x, y_at(point.y.max)]);
+            svg.line("over", [x, scale.at(point.y.min)], [x, scale.at(point.y.max)]);
         }
     }
 }

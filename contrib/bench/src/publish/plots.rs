@@ -124,6 +124,7 @@ fn over_cases(
         x: (Axis::Categories(cases.iter().map(|c| c.1.clone()).collect()), axis.into()),
         y: unit.into(),
         bars: false,
+        ratios: false,
         lines: lines(results, points),
         foot: foot(results),
     }
@@ -150,6 +151,7 @@ fn latency(results: &Results, case: &str, text: &str) -> Chart {
         x: (Axis::Log(min.min(max) * 0.9, max.max(min.min(max)) * 1.1), "us".into()),
         y: "share of requests".into(),
         bars: false,
+        ratios: false,
         lines,
         foot: foot(results),
     }
@@ -186,6 +188,7 @@ fn relative(
         x: (Axis::Categories(cases.iter().map(|c| c.1.clone()).collect()), String::new()),
         y: "ratio".into(),
         bars: true,
+        ratios: true,
         lines: lines(results, points),
         foot: foot(results),
     }
@@ -211,6 +214,7 @@ fn guest(results: &Results) -> Chart {
         x: (Axis::Categories(jobs.clone()), String::new()),
         y: "us".into(),
         bars: true,
+        ratios: false,
         lines: lines(results, points),
         foot: foot(results),
     }
