@@ -173,15 +173,14 @@ fn idle(results: &Results) -> [Outcome; 4] {
     ]
 }
 
-/// Prints the verdicts.
+/// Prints the verdicts of what ran.
 pub fn print(bars: &[Outcome]) {
     println!("\n{:<44} {:>13} {:>10}", "bar", "wanted", "measured");
-    for bar in bars {
+    for bar in bars.iter().filter(|bar| bar.pass.is_some()) {
         let measured = bar.measured.map_or("-".into(), |m| format!("{m:.3}"));
         let verdict = match bar.pass {
             Some(true) => "PASS",
-            Some(false) => "MISS",
-            None => "not run",
+            _ => "MISS",
         };
         println!("{:<44} {:>13} {measured:>10} {verdict}", bar.bar, bar.wanted);
     }
