@@ -60,6 +60,9 @@ impl Arena {
         if base == libc::MAP_FAILED {
             return Err(Errno::last());
         }
+        // Without this, the first store may read as much of the file as is read ahead. If it fails, no harm is done.
+        // SAFETY: advice about the mapping just made, which changes no byte of it.
+        unsafe { libc::madvise(base, bytes, libc::MADV_RANDOM) };
         let base = std::ptr::NonNull::new(base.cast()).ok_or(Errno(libc::ENOMEM))?;
         Ok(Arena { base, len })
     }
