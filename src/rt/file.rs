@@ -38,13 +38,19 @@ impl File {
         File { fd, engine, request_align, mem_align, inline: Inline::default() }
     }
 
-    /// Whether a transfer is better done by a plain system call, here and now. Buffered files take any alignment.
+    /// Whether transfers are with the page cache: not O_DIRECT, which wants alignment.
+    #[inline]
+    pub(super) fn is_cached(&self) -> bool {
+        self.request_align == 1
+    }
+
+    /// Whether a transfer is better done by a plain system call, here and now.
     #[inline]
     pub(super) fn prefers_inline(&self, rw: &Rw) -> bool {
         rw.write
             && rw.len <= inline::LEN_MAX
             && !rw.dsync
-            && self.request_align == 1
+            && self.is_cached()
             && self.engine == Engine::IoUring
             && self.inline.allowed()
     }
@@ -52,10 +58,7 @@ impl File {
     /// Whether a transfer that has nobody to share the engine's costs with should ask the page cache, here and now.
     #[inline]
     pub(super) fn tries_cache(&self, rw: &Rw) -> bool {
-        !rw.write
-            && rw.len <= inline::LEN_MAX
-            && self.request_align == 1
-            && self.inline.tries_read()
+        !rw.write && rw.len <= inline::LEN_MAX && self.is_cached() && self.inline.tries_read()
     }
 
     /// The descriptor.

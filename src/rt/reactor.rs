@@ -76,9 +76,17 @@ pub struct Reactor {
     finished: Vec<(u64, i32)>,
     /// Spent on inline transfers since the last reaping.
     inline_time: Duration,
+    /// Transfers with a disk that are queued, and how many of them the kernel gets at once.
+    queued: u32,
+    piece: u32,
     /// Watches that the kernel has ended by itself: descriptors and tokens.
     rearm: Vec<(RawFd, u64)>,
 }
+
+/// So many transfers of a turn are worth a system call, with which the disk begins while the thread goes on; then twice as many, and
+/// so on. If it got all of a turn at once, disk and thread would wait for each other by turns (`contrib/bench`, case
+/// `nouring-disk-native`).
+const FIRST_PIECE: u32 = 8;
 
 /// The payload of the watches that belong to the reactor itself.
 const INTERNAL: u64 = u64::MAX;
@@ -108,6 +116,8 @@ impl Reactor {
             in_flight: 0,
             finished: Vec::with_capacity(64),
             inline_time: Duration::ZERO,
+            queued: 0,
+            piece: FIRST_PIECE,
             rearm: Vec::new(),
         };
         reactor.watch(bell, INTERNAL)?;
@@ -153,6 +163,13 @@ impl Reactor {
             #[cfg(any(test, feature = "sim"))]
             (_, Wait::Simulated(_), _) => self.finished.push((token, -libc::ENOSYS)),
             _ => pool().push(Job::Rw { rw: *rw, token, inbox: Arc::clone(&self.inbox) }),
+        }
+        if !file.is_cached() {
+            self.queued += 1;
+            if self.queued == self.piece {
+                self.piece *= 2;
+                self.hand_over();
+            }
         }
     }
 
@@ -318,9 +335,16 @@ impl Reactor {
         }
     }
 
-    /// Hands what is queued to the kernel: at most one system call per engine, none if nothing is queued.
+    /// Hands what is queued to the kernel, at a turn's end: at most one system call per engine, none if nothing is queued.
     #[inline]
     pub fn flush(&mut self) {
+        self.piece = FIRST_PIECE;
+        self.hand_over();
+    }
+
+    #[inline]
+    fn hand_over(&mut self) {
+        self.queued = 0;
         if let Wait::Uring(ring) = &mut self.wait {
             ring.submit();
         }

@@ -139,6 +139,34 @@ fn requests_in_the_kernel_are_cancelled() {
     assert_eq!((events.len(), reactor.in_flight()), (2, 0));
 }
 
+/// A disk begins with a turn's first transfers while the thread goes on: they do not wait for the turn's end. Those with the page
+/// cache do, as the kernel would be at work, and not a disk.
+#[test]
+fn a_disk_begins_before_the_turn_ends() {
+    for (engine, align, early) in
+        [(Engine::IoUring, 4096, true), (Engine::Native, 4096, true), (Engine::Native, 1, false)]
+    {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        std::io::Write::write_all(&mut writer, &[7; 8 * 512]).unwrap();
+        let file = File::new(reader.into(), engine, align, 1);
+        let rt = Runtime::install(WaitKind::Uring).unwrap();
+        let buffer = Buffer::new(512, 1);
+        let iov = [buffer.iovec()];
+        let mut reactor = rt.reactor.borrow_mut();
+        for n in 0..8 {
+            assert!(!reactor.has_events(), "{engine:?} {align} {n}");
+            // SAFETY: file, array and buffer live until all have been answered.
+            let rw = unsafe { Rw::new(&file, false, &iov, 0, false) };
+            reactor.submit(&file, &rw, n);
+        }
+        assert_eq!(reactor.has_events(), early, "{engine:?} {align}");
+        reactor.flush();
+        let mut events = Vec::new();
+        reactor.reap(&mut events);
+        assert_eq!(events.len(), 8);
+    }
+}
+
 /// What the page cache has is read on the spot instead of by a thread of the pool; what it has not is read all the same.
 #[test]
 fn reads_on_the_spot_do_not_go_to_the_pool() {
