@@ -254,6 +254,17 @@ pub trait Driver: Send + Sync {
         Map::Slow
     }
 
+    /// Whether [`Driver::prefetch`] does something.
+    fn prefetches(&self) -> bool {
+        false
+    }
+
+    /// Fast lane: `map` will soon be asked for `offset`; the memory that it will look at may be brought to the processor
+    /// meanwhile. Does not wait for that.
+    fn prefetch(&self, offset: u64) {
+        let _ = offset;
+    }
+
     /// Whether no metadata that a reader of the disk would need waits in memory, now: a place that `map` answered before
     /// may be written stably by itself. Never blocks, locks or allocates.
     fn is_stable(&self) -> bool {

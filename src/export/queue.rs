@@ -81,6 +81,10 @@ pub struct Queue {
     /// Requests, at most, that may have been made for another process: they were there when the ring started.
     backlog: u16,
     meter: Arc<QueueMeter>,
+    /// The root's driver makes use of knowing what comes next.
+    looks_ahead: bool,
+    /// Taken, and to be started when the next one has been.
+    ahead: Option<Ready>,
     /// When this turn began.
     now: Stamp,
     /// This turn's answers.
@@ -89,12 +93,28 @@ pub struct Queue {
 
 /// What became of a request that was taken.
 pub enum Started {
-    /// In the kernel, or done.
+    /// In the kernel, done, or about to be started.
     Fast,
     /// No more chains, after all.
     Nothing,
     /// To be carried out by a task.
     Slow(u16, Slow),
+}
+
+/// A transfer that was taken.
+#[derive(Clone, Copy)]
+struct Ready {
+    head: u16,
+    write: bool,
+    offset: u64,
+}
+
+/// A request that was taken.
+enum Taken {
+    /// It, or one before it, or neither, is to be started now.
+    Transfer(Option<Ready>),
+    /// Something else, started.
+    Other(Started),
 }
 
 impl Queue {
@@ -112,6 +132,7 @@ impl Queue {
         let backlog = ring.available().unwrap_or(0);
         let [kick, call, err] = fds;
         let (meter, done) = (shared.meter.queue(index), Done::with_room(ring.size()));
+        let looks_ahead = root.driver().prefetches();
         Queue {
             index,
             shared,
@@ -132,6 +153,8 @@ impl Queue {
             write_through,
             backlog,
             meter,
+            looks_ahead,
+            ahead: None,
             now: Stamp::default(),
             done,
         }
@@ -191,26 +214,44 @@ impl Queue {
         }
     }
 
-    /// Takes the next chain and starts what it asks for. `None`: the ring broke.
+    /// Whether something was taken that is still to be started.
     #[inline]
-    pub fn take_one(&mut self, reactor: &mut Reactor, grace: &Participant) -> Option<Started> {
-        match self.try_take(reactor, grace) {
-            Ok(started) => Some(started),
+    pub fn is_ahead(&self) -> bool {
+        self.ahead.is_some()
+    }
+
+    /// Takes the next chain if `take`, and starts what that asks for or, of a driver that looks ahead, the one before it: the
+    /// last one is started without taking another. `None`: the ring broke.
+    #[inline]
+    pub fn go_on(
+        &mut self,
+        take: bool,
+        reactor: &mut Reactor,
+        grace: &Participant,
+    ) -> Option<Started> {
+        let ready = match if take { self.take() } else { Ok(Taken::Transfer(self.ahead.take())) } {
+            Ok(Taken::Transfer(ready)) => ready,
+            Ok(Taken::Other(started)) => return Some(started),
             Err(broken) => {
                 self.break_ring(broken.0);
-                None
+                return None;
             }
+        };
+        let Some(Ready { head, write, offset }) = ready else { return Some(Started::Fast) };
+        if self.start_transfer((reactor, grace), head, write, offset) {
+            return Some(Started::Fast);
         }
+        Some(Started::Slow(head, self.slow(head, Action::Transfer { write, offset })))
     }
 
     #[inline]
-    fn try_take(&mut self, reactor: &mut Reactor, grace: &Participant) -> Result<Started, Broken> {
+    fn take(&mut self) -> Result<Taken, Broken> {
         let again = self.tracker.as_mut().and_then(|t| t.resubmit(&mut self.ring));
         let head = match again {
             Some(head) => head,
             None => match self.ring.pop()? {
                 Some(head) => head,
-                None => return Ok(Started::Nothing),
+                None => return Ok(Taken::Other(Started::Nothing)),
             },
         };
         let slot = &mut self.slots[usize::from(head)];
@@ -243,16 +284,24 @@ impl Queue {
             }
             self.backlog = self.backlog.saturating_sub(1);
         }
-        match action {
-            Action::Finished(status) => self.finish(head, status),
+        Ok(match action {
             Action::Transfer { write, offset } => {
-                if !self.start_transfer((reactor, grace), head, write, offset) {
-                    return Ok(Started::Slow(head, self.slow(head, action)));
-                }
+                let taken = Ready { head, write, offset };
+                Taken::Transfer(if self.looks_ahead { self.look_ahead(taken) } else { Some(taken) })
             }
-            _ => return Ok(Started::Slow(head, self.slow(head, action))),
-        }
-        Ok(Started::Fast)
+            Action::Finished(status) => {
+                self.finish(head, status);
+                Taken::Other(Started::Fast)
+            }
+            _ => Taken::Other(Started::Slow(head, self.slow(head, action))),
+        })
+    }
+
+    /// What was taken before `taken`, whose entry comes to the processor meanwhile.
+    #[inline]
+    fn look_ahead(&mut self, taken: Ready) -> Option<Ready> {
+        self.root.driver().prefetch(taken.offset);
+        self.ahead.replace(taken)
     }
 
     /// The fast lane. Whether it could be taken.

@@ -207,19 +207,19 @@ impl Worker {
             q.begin_turn(self.clock.now());
             // Only the first request of a thread pays for being seen by others: so it is one for all that come now.
             let all = self.grace.enter();
-            for _ in 0..available {
+            let mut left = available;
+            while left > 0 || q.is_ahead() {
                 full = reactor.turn_is_full() || self.slow_bytes >= SLOW_BYTES_MAX;
-                if full {
-                    break;
-                }
-                progress = true;
-                match q.take_one(&mut reactor, &self.grace) {
+                let take = left > 0 && !full;
+                left = if take { left - 1 } else { 0 };
+                progress |= take;
+                match q.go_on(take, &mut reactor, &self.grace) {
                     Some(Started::Fast) => {}
                     Some(Started::Slow(head, slow)) => {
                         self.slow_bytes += slow.weight();
                         spawn(&self.rt, &self.done, q, head, slow);
                     }
-                    Some(Started::Nothing) | None => break,
+                    Some(Started::Nothing) | None => left = 0,
                 }
             }
             self.grace.leave(all);

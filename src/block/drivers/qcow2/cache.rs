@@ -202,6 +202,14 @@ impl SliceCache {
         Some(L2Entry { word, bitmap })
     }
 
+    /// The entry at `index` of the slice will soon be asked for.
+    pub fn prefetch(&self, slice: u64, index: u32) {
+        let slot = self.tag(slice).map_or(0, |tag| tag.load(Ordering::Relaxed) & SLOT_MASK);
+        if let Some(slot) = (slot as usize).checked_sub(1) {
+            self.arena.prefetch(self.word_of(slot, index));
+        }
+    }
+
     /// As [`SliceCache::get`], but waits for stores: `None` says that the slice is not cached.
     pub fn get_surely(&self, slice: u64, index: u32) -> Option<L2Entry> {
         let _no_stores = self.lock();

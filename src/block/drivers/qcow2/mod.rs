@@ -80,7 +80,7 @@ use compressed::Decompressor;
 use flight::Flights;
 use header::Header;
 use l1::L1Table;
-use layout::{Geometry, HostOffset};
+use layout::{Geometry, GuestOffset, HostOffset};
 use options::Choices;
 use read::Corruption;
 use tidy::Tidy;
@@ -222,6 +222,14 @@ impl Driver for Qcow2 {
             Dir::Read => self.0.map_read(offset, len),
             Dir::Write => self.0.map_write(offset, len),
         }
+    }
+
+    fn prefetches(&self) -> bool {
+        true
+    }
+
+    fn prefetch(&self, offset: u64) {
+        self.0.prefetch(GuestOffset(offset));
     }
 
     fn submit<'a>(&'a self, op: Op<'a>) -> IoFuture<'a> {

@@ -82,6 +82,12 @@ impl Image {
         Some(host.plus(inside))
     }
 
+    /// The entry of `guest`'s cluster will soon be looked at.
+    pub fn prefetch(&self, guest: GuestOffset) {
+        let (slice, index) = self.slice_of(guest);
+        self.cache.prefetch(slice, index);
+    }
+
     /// The mapping of `guest`'s cluster as far as it can be told without waiting. Takes no lock.
     pub fn look_up(&self, guest: GuestOffset) -> Option<Result<Mapping, BadEntry>> {
         let (slice, index) = self.slice_of(guest);
