@@ -1,6 +1,6 @@
 //! A worker: one thread that serves some of an export's queues, and its loop.
 //!
-//! One turn takes what the guest made available, runs ready tasks, hands everything new to the kernel in one system call, takes
+//! One turn takes what the guest made available, runs ready tasks, hands everything new to the kernel in few system calls, takes
 //! completions, publishes them and decides once per queue whether to notify. A turn without progress spins as long
 //! as the policy thinks it pays, then asks for kicks, looks a last time, and blocks in the one wait point.
 #![forbid(unsafe_code)]

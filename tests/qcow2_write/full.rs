@@ -114,7 +114,7 @@ impl Guest {
 
 fn fill(kind: &str, options: &str, engine: Engine) {
     // The journal is there, too.
-    let fs = SmallFs::new(kind, (11 << 20) + (3 << 18));
+    let fs = SmallFs::new(kind, 6 << 20);
     let dirs = &fs.dirs;
     dirs.create("a", options, &["16M"]);
     fs::write(dirs.path("filler"), vec![1; 2 << 20]).unwrap();
