@@ -6,7 +6,8 @@ mod resize;
 mod slow;
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use image::{DRIVERS, Frozen, Image, Lines, Setup, frozen_content};
@@ -323,21 +324,29 @@ fn every_mistake_is_found() {
     assert!(PLANS.iter().map(|(mistake, ..)| *mistake).eq(here), "each has a plan");
     // For whoever works on one of them.
     let only = std::env::var("VUB_MISTAKE").ok();
-    let mut missed = Vec::new();
-    for (mistake, shape, run) in PLANS {
-        if only.as_ref().is_some_and(|name| *name != format!("{mistake:?}")) {
-            continue;
-        }
-        let found =
-            (1..=SEEDS).find_map(|seed| Some((seed, one(seed, shape, Some(mistake), run).err()?)));
-        match found {
-            Some((seed, failure)) => {
-                let what = failure.what.lines().next().unwrap_or_default();
-                println!("{mistake:?}: seed {seed}: {what}");
+    let (next, missed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let search = || {
+        while let Some((mistake, shape, run)) = PLANS.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if only.as_ref().is_some_and(|name| *name != format!("{mistake:?}")) {
+                continue;
             }
-            None => missed.push(mistake),
+            let found = (1..=SEEDS)
+                .find_map(|seed| Some((seed, one(seed, *shape, Some(*mistake), *run).err()?)));
+            match found {
+                Some((seed, failure)) => {
+                    let what = failure.what.lines().next().unwrap_or_default();
+                    println!("{mistake:?}: seed {seed}: {what}");
+                }
+                None => missed.lock().unwrap().push(*mistake),
+            }
         }
-    }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(search);
+        }
+    });
+    let missed = missed.into_inner().unwrap();
     assert!(missed.is_empty(), "not found in {SEEDS} seeds: {missed:?}");
 }
 

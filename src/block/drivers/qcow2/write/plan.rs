@@ -9,6 +9,7 @@ use super::mutation::{Mutation, broken};
 use super::{Meta, Writing};
 use crate::block::Event;
 use crate::block::drivers::qcow2::Image;
+use crate::block::drivers::qcow2::journal::AT_ONCE;
 use crate::block::drivers::qcow2::layout::{
     BadEntry, GuestOffset, HostOffset, L1Entry, L2Entry, Mapping, Subcluster, subcluster,
 };
@@ -135,13 +136,13 @@ impl Image {
     }
 
     /// How many of the clusters from `at`'s on, up to the last of `len` bytes, may be planned for now: not busy, in one slice that
-    /// is cached, of a table that nobody shares. 0: the first is busy.
+    /// is cached, of a table that nobody shares, and no more than the journal takes. 0: the first is busy.
     pub fn plannable(&self, meta: &Meta, at: GuestOffset, len: u64) -> Result<u64, Need> {
         let g = &self.geometry;
         let first = at.0 >> g.cluster_bits;
         let count = (g.in_cluster(at) + len).div_ceil(g.cluster_size());
         let (slice, index) = self.slice_of(at);
-        let count = count.min(u64::from(self.cache.shape().entries - index));
+        let count = count.min(u64::from(self.cache.shape().entries - index)).min(AT_ONCE);
         let count = if broken(Mutation::IgnoreBusy) { count } else { meta.busy.free(first, count) };
         if count == 0 {
             return Ok(0);

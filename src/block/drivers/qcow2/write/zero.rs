@@ -21,7 +21,6 @@ use super::mutation::{Mutation, broken};
 use super::plan::Need;
 use crate::block::drivers::qcow2::Image;
 use crate::block::drivers::qcow2::header::Autoclear;
-use crate::block::drivers::qcow2::journal::AT_ONCE;
 use crate::block::drivers::qcow2::layout::{GuestOffset, L1Entry, L2Entry, Mapping};
 use crate::block::{Op, WriteFlags, ZeroFlags};
 use crate::error::Errno;
@@ -222,7 +221,7 @@ impl Image {
                 meta.busy.wait(first, waker);
                 return Step::Wait;
             }
-            Ok(count) => count.min(AT_ONCE),
+            Ok(count) => count,
             Err(need) => return Step::Needs(need),
         };
         let g = &self.geometry;
